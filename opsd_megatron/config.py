@@ -1,0 +1,284 @@
+"""Every knob of a run: one frozen dataclass per concern, composed into `RunConfig`.
+
+Defaults run on a CPU. A choice between variants is a union of dataclasses. A wrong value is a `ConfigError` that names
+the field. Recipes in `examples/` build these objects in Python; command-line flags are derived from them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from opsd_megatron.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is cut. World size = tp x pp x cp x dp; dp is what remains."""
+
+    tp: int = 1
+    """Tensor-parallel size: every matrix cut over this many ranks; must divide attention heads and KV heads."""
+    pp: int = 1
+    """Pipeline-parallel size: layers cut into this many stages."""
+    vpp: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule); None is the plain 1F1B schedule."""
+    cp: int = 1
+    """Context-parallel size: the tokens of one microbatch cut over this many ranks, attention runs as a ring."""
+    sequence_parallel: bool = False
+    """Keep activations between matrices cut over tp along the tokens; needs tp > 1."""
+
+    def __post_init__(self):
+        for name in ("tp", "pp", "cp"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)}: must be 1 or more")
+        _require(self.vpp is None or self.vpp >= 2, f"parallel.vpp={self.vpp}: 2 or more, or None for no interleaving")
+        _require(self.vpp is None or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp > 1, got pp={self.pp}")
+        _require(
+            not self.sequence_parallel or self.tp > 1,
+            "parallel.sequence_parallel=True needs parallel.tp > 1; set it to False or raise tp",
+        )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica."""
+        return self.tp * self.pp * self.cp
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """dp for `world_size` ranks; ConfigError where the layout does not divide it."""
+        dp, rest = divmod(world_size, self.model_ranks)
+        _require(
+            dp >= 1 and rest == 0,
+            f"world size {world_size} is not a multiple of tp*pp*cp = {self.tp}*{self.pp}*{self.cp} = "
+            f"{self.model_ranks}; start torchrun with a multiple of {self.model_ranks} processes or change parallel.*",
+        )
+        return dp
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train, from a Hugging Face directory."""
+
+    path: Path = Path("examples/tiny")
+    """Directory with config.json, safetensors shards and the tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of parameters and activations; losses, reductions and optimizer states stay in float32."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """Activations computed again in the backward pass: none, the MLPs, or whole layers. Never core attention alone."""
+    yarn_factor: float | None = None
+    """Override: run with YaRN at this factor over the model's original context (Qwen2.5 and Qwen3 beyond 32k)."""
+
+
+@dataclass(frozen=True)
+class PlainTemplate:
+    """Prompt text for base models without a chat template; every segment is tokenized by itself."""
+
+    document: str = "{text}\n"
+    """Text of each document; {title} and {text} are filled in."""
+    question: str = "Q: {question}\nA:"
+    """Text after the documents."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's own chat template, with the same flags in both views."""
+
+    document: str = "{text}\n\n"
+    """Text of each document inside the user's turn."""
+    question: str = "{question}"
+    """Text after the documents inside the user's turn."""
+    enable_thinking: bool = False
+    """Passed to templates that know it (Qwen3)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Records and how they become prompts."""
+
+    path: Path = Path("runs/data/train.jsonl")
+    """JSONL or Parquet records, schema in docs/data.md."""
+    template: PlainTemplate | ChatTemplate = field(default_factory=PlainTemplate)
+    """How documents and question become a prompt."""
+    student_tokens: int = 512
+    """Budget of the student prompt; longer contexts are trimmed in the context only, and counted."""
+    teacher_tokens: int = 256
+    """Budget of the teacher prompt; evidence is never cut, so a longer one is an error."""
+    shuffle: bool = True
+    """Order by a seeded permutation of each epoch instead of file order."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The inference server and how it samples."""
+
+    url: str = "http://127.0.0.1:8199"
+    """Base URL of the server; it may run on other GPUs, on another node, or be started by the example."""
+    token_variable: str = "OPSD_SERVER_TOKEN"
+    """Environment variable that holds the bearer token; the token itself is never in a config or log."""
+    samples_per_prompt: int = 1
+    """Responses per prompt and step."""
+    max_response_tokens: int = 16
+    """Sampling stops here; the response then counts as truncated."""
+    temperature: float = 1.0
+    """The sampled-token estimator is unbiased only at 1; student and teacher are scored at the same temperature."""
+    seeded: bool = False
+    """Use the server's seeded exact mode: bitwise repeatable, slow; for tests."""
+    request_timeout_s: float = 120.0
+    """One HTTP request, all told."""
+    retry_s: float = 120.0
+    """How long a step waits for a server that went away before the run stops with a checkpoint."""
+
+    def __post_init__(self):
+        _require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0")
+        _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt}: 1 or more")
+        _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens}: 1 or more")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Per-token distillation from the teacher's distribution (OPSDL Eq. 2 to 4)."""
+
+    estimator: Literal["full", "sampled"] = "full"
+    """full: exact divergence over the vocabulary; sampled: the paper's detached log-ratio times log-prob."""
+    direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    """D(student || teacher) for reverse, student first everywhere. sampled knows reverse only."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of jsd."""
+    importance_cap: float | None = 2.0
+    """Cap of the train/rollout probability ratio that weights each token of the sampled estimator; None: weight 1."""
+    chunk_tokens: int = 256
+    """Response rows per pass through the LM head; bounds peak memory at chunk x vocabulary shard."""
+
+    def __post_init__(self):
+        _require(
+            self.estimator == "full" or self.direction == "reverse",
+            f"objective.estimator=sampled knows objective.direction=reverse only, got {self.direction}",
+        )
+        _require(0 < self.jsd_beta < 1, f"objective.jsd_beta={self.jsd_beta}: strictly between 0 and 1")
+        _require(self.chunk_tokens >= 1, f"objective.chunk_tokens={self.chunk_tokens}: 1 or more")
+
+
+@dataclass(frozen=True)
+class SelfSft:
+    """Cross-entropy on the teacher view's own greedy answers behind the student prompt: the off-policy baseline."""
+
+    chunk_tokens: int = 256
+    """As in Distill."""
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The current weights (OPSDL section 3.3)."""
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """The weights that the run started from."""
+
+
+@dataclass(frozen=True)
+class EmaTeacher:
+    """An exponential moving average of the student's weights."""
+
+    rate: float = 0.02
+    """teacher = (1 - rate) * teacher + rate * student after each step: 0 is frozen, 1 is live."""
+
+    def __post_init__(self):
+        _require(0 < self.rate < 1, f"teacher.rate={self.rate}: strictly between 0 (frozen) and 1 (live)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay, on Megatron's optimizer."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Linear from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up, down to min_lr at the last step."""
+    min_lr: float = 0.0
+    """End of a falling schedule."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: float = 0.0
+    """Decoupled; norms and biases are left out."""
+    clip_grad_norm: float = 1.0
+    """Global L2 norm above which gradients are scaled down; 0 is off."""
+    distributed: bool = True
+    """Cut optimizer states over dp x cp."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much one step and one microbatch hold."""
+
+    prompts_per_step: int = 16
+    """Prompts of one optimizer step over all dp replicas; must be a multiple of dp."""
+    student_microbatch_tokens: int = 8192
+    """Token budget of a student microbatch (shared contexts counted once)."""
+    teacher_microbatch_tokens: int = 4096
+    """Token budget of a teacher microbatch on each cp rank."""
+    min_shared_tokens: int = 32
+    """Shortest common prefix that is worth a tree node of its own."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Training state on disk."""
+
+    directory: Path = Path("runs/opsdl")
+    """Everything of the run: checkpoints, metrics, config, environment."""
+    every_steps: int = 20
+    """0 saves only at the end and on a signal."""
+    keep: int = 2
+    """Newest complete checkpoints that stay."""
+    export_hf: bool = True
+    """Write the final weights in Hugging Face layout to <directory>/hf."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and kept."""
+
+    wandb_project: str | None = None
+    """Log to Weights & Biases too (WANDB_MODE=offline works)."""
+    progress: bool = True
+    """Rich progress on a terminal; plain lines elsewhere."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is cut."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it reads."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Who answers."""
+    objective: Distill | SelfSft = field(default_factory=Distill)
+    """What is learned."""
+    teacher: LiveTeacher | FrozenTeacher | EmaTeacher = field(default_factory=LiveTeacher)
+    """Whose distribution is the target."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it is learned."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """How much at a time."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is shown."""
+    steps: int = 100
+    """Optimizer steps of the whole run; a resumed run goes on to this number."""
+    seed: int = 1234
+    """Data order, sampling and anything else random."""
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"steps={self.steps}: 1 or more")
