@@ -211,6 +211,8 @@ class OptimizerConfig:
     """Global L2 norm above which gradients are scaled down; 0 is off."""
     distributed: bool = True
     """Cut optimizer states over dp x cp."""
+    cpu_offload: bool = False
+    """Keep optimizer states in host memory (CUDA only): a 32B model with Adam needs it on 8 x 80 GB."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,12 @@ class LogConfig:
     """Log to Weights & Biases too (WANDB_MODE=offline works)."""
     progress: bool = True
     """Rich progress on a terminal; plain lines elsewhere."""
+    probe_path: Path | None = None
+    """Records with answers that are asked now and then: exact match by context length, never seen by the loss."""
+    probe_every_steps: int = 0
+    """0 asks never."""
+    probe_items: int = 32
+    """Records per context length in a probe."""
 
 
 @dataclass(frozen=True)

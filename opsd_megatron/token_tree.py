@@ -71,6 +71,16 @@ class TokenTree:
             above.append(frozenset() if node.parent == NO_PARENT else above[node.parent] | {node.parent})
         return tuple(above)
 
+    @cached_property
+    def is_ancestor(self) -> np.ndarray:
+        """Bool [nodes, nodes]: the column's node is above the row's."""
+        above = np.zeros((len(self.nodes), len(self.nodes)), dtype=bool)
+        for index, node in enumerate(self.nodes):
+            if node.parent != NO_PARENT:
+                above[index] = above[node.parent]
+                above[index, node.parent] = True
+        return above
+
     def position_ids(self) -> np.ndarray:
         """Int64 [tokens]: a branch goes on where its parent ended."""
         runs = [np.arange(node.first_position, node.first_position + node.length) for node in self.nodes]
@@ -113,6 +123,8 @@ def grow_tree(sequences: Sequence[Sequence[int]], min_shared_tokens: int = 32) -
     A prefix is shared where at least `min_shared_tokens` further tokens agree (or a whole sequence does), because
     every node costs its own kernel calls; identical sequences always share.
     """
+    if min_shared_tokens < 1:
+        raise ValueError(f"min_shared_tokens is {min_shared_tokens}; sharing needs at least 1 token")
     roots: list[_Branch] = []
     for number, sequence in enumerate(sequences):
         _insert(roots, list(sequence), number, min_shared_tokens)

@@ -1,13 +1,16 @@
-"""The nouns of the program, in the order in which they flow: PromptPair, Rollout, ResponseTable, TokenBatch, StepMetrics.
+"""The nouns of the program, in the order in which they flow: PromptPair, Rollout, ResponseTable, TokenBatch.
 
 All are frozen. A student row and a teacher row are joined by the index of the response token that both predict
 (`TokenBatch.response_index` into `ResponseTable`), never by slices.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
@@ -90,6 +93,13 @@ class ResponseTable:
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
+    def select(self, index: Int64[Tensor, "chosen"]) -> "ResponseTable":
+        """The tokens `index`, in that order."""
+        return ResponseTable(*(getattr(self, name.name)[index] for name in fields(self)))
+
+    def to(self, device: torch.device) -> "ResponseTable":
+        return ResponseTable(*(getattr(self, name.name).to(device) for name in fields(self)))
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -113,3 +123,12 @@ class StepMetrics:
 
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
+
+
+def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256, in hex, of the JSON list of [id, token] in order of id: equal where every id means the same token.
+
+    Trainer and server exchange ids, so both compare theirs before the first rollout.
+    """
+    pairs = sorted((token_id, token) for token, token_id in vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
