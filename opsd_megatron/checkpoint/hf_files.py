@@ -1,0 +1,129 @@
+"""Reading and writing model directories in Hugging Face layout, one tensor or slice at a time.
+
+Everything that can be wrong with such a directory is a CheckpointError that names the file and the tensor.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from opsd_megatron.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class HfReader:
+    """The tensors of a directory: `model.safetensors`, or shards with their index.
+
+    Opening reads every header, so a missing or cut shard is found before any weight is used.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        index = self.directory / INDEX_FILE
+        if index.exists():
+            file_of = _read_index(index)
+        elif (self.directory / SINGLE_FILE).exists():
+            file_of = dict.fromkeys(_open(self.directory / SINGLE_FILE).keys(), SINGLE_FILE)
+        else:
+            raise CheckpointError(
+                f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; "
+                "give a directory with safetensors weights (convert .bin files with transformers' save_pretrained)"
+            )
+        self._file_of = file_of
+        self._shards = {name: _open(self.directory / name) for name in sorted(set(file_of.values()))}
+        self._check_index()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds tensor `name`; CheckpointError where none does."""
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.directory} has no tensor {name}")
+        return self.directory / self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """CheckpointError for a dtype that is not a plain float (quantised weights are not read)."""
+        given = self._slice(name).get_dtype()
+        if given not in DTYPES:
+            raise CheckpointError(
+                f"{self.path_of(name)}: tensor {name} has dtype {given}, expected one of {sorted(DTYPES)}; "
+                "dequantise the checkpoint first"
+            )
+        return DTYPES[given]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """CheckpointError unless the tensor exists with this shape and a float dtype."""
+        path, found = self.path_of(name), self.shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(found)}, the config asks for {list(shape)}; "
+                "config.json and weights are not of the same model"
+            )
+        self.dtype(name)
+
+    def read(
+        self, name: str, dim: int | None = None, bounds: tuple[int, int] | None = None
+    ) -> Shaped[Tensor, "*shape"]:
+        """The tensor, or its indices bounds[0] to bounds[1] along `dim` (0 or 1), without reading the rest."""
+        view = self._slice(name)
+        self.dtype(name)
+        try:
+            if dim is None or bounds is None:
+                return view[:]
+            start, stop = bounds
+            return view[start:stop] if dim == 0 else view[:, start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path_of(name)}: tensor {name} cannot be read: {error}") from error
+
+    def _slice(self, name: str) -> Any:
+        path = self.path_of(name)
+        return self._shards[path.name].get_slice(name)
+
+    def _check_index(self) -> None:
+        for shard, handle in self._shards.items():
+            stored = set(handle.keys())
+            listed = {name for name, file in self._file_of.items() if file == shard}
+            if lacking := sorted(listed - stored):
+                raise CheckpointError(f"{self.directory / shard} lacks {_some(lacking)} that {INDEX_FILE} lists there")
+            if unlisted := sorted(stored - listed):
+                raise CheckpointError(
+                    f"{self.directory / shard} holds {_some(unlisted)} that {INDEX_FILE} does not list"
+                )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not an index with a weight_map: {error}") from error
+    if missing := sorted(name for name in set(weight_map.values()) if not (path.parent / name).is_file()):
+        raise CheckpointError(f"{path} names {_some(missing)}, not in {path.parent}; the download is incomplete")
+    return weight_map
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is cut or not a safetensors file: {error}; fetch it again") from error
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,59 @@
+"""Core attention over a token tree, as Megatron's attention layer calls it, and what carries the tree there."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from opsd_megatron.parallel.context import ContextShard
+from opsd_megatron.parallel.ring_attention import ring_attention
+
+
+@dataclass
+class ShardCarrier(PackedSeqParams):
+    """Takes a shard through Megatron's layers to rotary positions and attention.
+
+    With `qkv_format` other than thd core leaves q, k and v as [tokens, 1, heads, head_dim] and rotates them by the
+    angles it was given.
+    """
+
+    qkv_format: str = "sbhd"
+    shard: ContextShard | None = None
+
+
+class TreeAttention(torch.nn.Module):
+    """softmax(scale * q k^T) v, where a token sees its ancestors in the shard's tree; a ring over the shard's cp."""
+
+    def __init__(
+        self,
+        *,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+    ):
+        super().__init__()
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask=None,
+        *,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params: ShardCarrier | None = None,
+    ) -> Tensor:
+        """[tokens, 1, heads * head_dim] from [tokens, 1, heads or kv_heads, head_dim]."""
+        if packed_seq_params is None or packed_seq_params.shard is None:
+            raise ValueError("TreeAttention needs the shard in packed_seq_params; call the model as model(shard)")
+        mixed = ring_attention(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.shard, self.scale
+        )  # [tokens, heads, head_dim]
+        return mixed.reshape(mixed.shape[0], 1, -1)
