@@ -1,0 +1,138 @@
+"""Rollouts of a step: prompts to the server, checked responses back, in the order of the prompts."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from opsd_megatron.config import RolloutConfig
+from opsd_megatron.rollout.backend import (
+    GenerateRequest,
+    GenerateResult,
+    MalformedReply,
+    RolloutBackend,
+    Sample,
+    ServerRefused,
+    WrongWeightVersion,
+)
+from opsd_megatron.types import PromptPair, Rollout, Turn
+
+MAX_ABORTS = 3
+
+
+def sample_rollouts(
+    pairs: Sequence[PromptPair],
+    backend: RolloutBackend,
+    config: RolloutConfig,
+    stop_token_ids: Collection[int],
+    seed: int,
+    step: int,
+    weight_version: str | None,
+    greedy: bool = False,
+) -> list[Rollout]:
+    """`config.samples_per_prompt` responses per pair under its student prompt, in the order of pairs, then of samples.
+
+    Every token must come from `weight_version` (None: any), otherwise WrongWeightVersion. A response that the server
+    aborted is asked for again, up to 3 times. With `config.seeded` the server must honour seeds. `greedy` takes the
+    likeliest tokens instead of sampling.
+    """
+    if config.seeded and not backend.info().seeded:
+        raise ServerRefused(
+            "rollout.seeded=True needs a server that honours seeds; start it with --engine exact or set seeded=False"
+        )
+    temperature = 0.0 if greedy else config.temperature
+    requests = _requests(pairs, config, stop_token_ids, seed, step, temperature)
+    results = _complete(requests, backend)
+    rollouts = [
+        _rollout(pair, number, sample, result.server_id)
+        for pair, result in zip(pairs, results, strict=True)
+        for number, sample in enumerate(result.samples)
+    ]
+    if weight_version is not None:
+        _require_version(rollouts, weight_version)
+    return rollouts
+
+
+def sample_seed(seed: int, step: int, record_id: str, occurrence: int = 0) -> int:
+    """Seed of a prompt's first sample, in [0, 2**62); sample i adds i."""
+    text = f"{seed}/{step}/{record_id}/{occurrence}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def _requests(
+    pairs: Sequence[PromptPair],
+    config: RolloutConfig,
+    stop_token_ids: Collection[int],
+    seed: int,
+    step: int,
+    temperature: float,
+) -> list[GenerateRequest]:
+    """One per pair; a record that occurs again gets other seeds."""
+    occurrences: Counter[str] = Counter()
+    requests = []
+    for number, pair in enumerate(pairs):
+        occurrence = occurrences[pair.record_id]
+        occurrences[pair.record_id] += 1
+        requests.append(
+            GenerateRequest(
+                request_id=f"step{step}-{number}-{pair.record_id}"[:200],
+                token_ids=pair.student_prompt,
+                n=config.samples_per_prompt,
+                max_tokens=config.max_response_tokens,
+                temperature=temperature,
+                seed=sample_seed(seed, step, pair.record_id, occurrence),
+                stop_token_ids=sorted(stop_token_ids),
+            )
+        )
+    return requests
+
+
+def _complete(requests: Sequence[GenerateRequest], backend: RolloutBackend) -> list[GenerateResult]:
+    """Results of which no sample was aborted."""
+    results = backend.generate(requests)
+    for _ in range(MAX_ABORTS):
+        aborted = [number for number, result in enumerate(results) if _is_aborted(result)]
+        if not aborted:
+            return results
+        for number, result in zip(aborted, backend.generate([requests[n] for n in aborted]), strict=True):
+            results[number] = result
+    left = sum(map(_is_aborted, results))
+    if left:
+        raise ServerRefused(
+            f"{left} of {len(requests)} prompts were aborted {MAX_ABORTS + 1} times; who pauses the server?"
+        )
+    return results
+
+
+def _is_aborted(result: GenerateResult) -> bool:
+    return any(sample.finish_reason == "abort" for sample in result.samples)
+
+
+def _rollout(pair: PromptPair, number: int, sample: Sample, server_id: str) -> Rollout:
+    count = len(sample.token_ids)
+    if not count:
+        raise MalformedReply(f"record {pair.record_id}, sample {number}: the server sent an empty response")
+    return Rollout(
+        pair=pair,
+        sample=number,
+        token_ids=sample.token_ids,
+        logprobs=sample.logprobs,
+        logprob_kind=sample.logprob_kind,
+        loss_mask=(True,) * count,
+        finish_reason=sample.finish_reason,
+        version_spans=sample.version_spans,
+        turns=(Turn("model", 0, count),),
+        server_id=server_id,
+    )
+
+
+def _require_version(rollouts: Sequence[Rollout], wanted: str) -> None:
+    found: dict[str, int] = {}
+    for rollout in rollouts:
+        for span in rollout.version_spans:
+            found[span.version] = found.get(span.version, 0) + span.end - span.start
+    wrong = {version: tokens for version, tokens in found.items() if version != wanted}
+    if wrong:
+        listed = ", ".join(f"{tokens} tokens from {version}" for version, tokens in sorted(wrong.items()))
+        raise WrongWeightVersion(
+            f"weights {wanted} were expected, but got {listed}; publish the weights again and redo the step"
+        )

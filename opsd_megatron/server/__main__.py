@@ -1,0 +1,50 @@
+"""The command: options, token and port first, so that what is wrong with them is said at once; then the server."""
+
+import errno
+import os
+import socket
+import sys
+
+import tyro
+
+from opsd_megatron.errors import ConfigError, UserError
+from opsd_megatron.server.options import ServerOptions
+
+
+def main() -> int:
+    """0 after a graceful stop, 2 where the user can mend the cause."""
+    options = tyro.cli(ServerOptions, prog="python -m opsd_megatron.server")
+    try:
+        token = _token(options.token_variable)
+        with _listen(options.host, options.port) as listener:
+            from opsd_megatron.server.process import serve  # takes seconds: torch and transformers
+
+            return serve(options, token, listener)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _token(variable: str) -> str:
+    token = os.environ.get(variable, "")
+    if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(f"environment variable {variable} must hold a bearer token of 8 or more printable characters")
+    return token
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow: nothing is accepted until the server is ready."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
+        raise ConfigError(
+            f"--host {host} --port {port} {reason}; stop what listens there or choose another port"
+        ) from error
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What an engine is: something that continues token sequences and can be frozen between two tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+SampleKey = tuple[str, int]
+"""(job, number of the sample among those of the same prompt)"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to be continued `samples` times."""
+
+    job_id: str
+    prompt: tuple[int, ...]
+    samples: int
+    max_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+    top_p: float
+    """1 is off."""
+    top_k: int
+    """0 is off."""
+    seed: int | None
+    """Sample i draws from seed + i; only an engine that is `seeded` can honour it."""
+    stop_token_ids: frozenset[int]
+
+    @property
+    def keys(self) -> list[SampleKey]:
+        return [(self.job_id, sample) for sample in range(self.samples)]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens that followed a prompt; a stop token is the last of them."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Nats, after temperature, top-k and top-p; 0 where the likeliest token was taken (temperature 0)."""
+    raw_logprobs: list[float] | None = None
+    """Nats, of the model's own distribution; None where the engine does not keep them."""
+    error: str | None = None
+
+
+Deliver = Callable[[SampleKey, Continuation], None]
+"""Called on the event loop, once for each finished sample."""
+
+
+class Engine(Protocol):
+    """`start`, `submit` and `cancel` are called on the event loop; the others on one and the same other thread."""
+
+    seeded: bool
+    """Equal seeds give equal tokens, bit for bit, whatever else runs."""
+
+    def start(self, deliver: Deliver) -> None: ...
+
+    def submit(self, job: Job) -> None: ...
+
+    def cancel(self, keys: list[SampleKey]) -> None:
+        """These samples need not be finished; some may still be delivered."""
+        ...
+
+    def freeze(self) -> None:
+        """Returns when nothing runs and all finished samples are on their way to the event loop; nests."""
+        ...
+
+    def thaw(self) -> None: ...
+
+    def in_flight(self) -> dict[SampleKey, Continuation]:
+        """What each unfinished sample has so far; only while frozen. Samples that have nothing may be missing."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Called while frozen, after the model's parameters were overwritten."""
+        ...
+
+    def is_alive(self) -> bool: ...
+
+    def stop(self) -> None: ...

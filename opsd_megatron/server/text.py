@@ -1,0 +1,58 @@
+"""The tokenizer of the served model, for text prompts and for comparing vocabularies; the server works without one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from opsd_megatron.types import vocabulary_fingerprint
+
+
+class Text:
+    """Encodes and decodes with the tokenizer of a model directory: Hugging Face files, else SentencePiece's."""
+
+    def __init__(self, directory: Path):
+        self.chat_template: str | None = None
+        self.special: dict[str, str | None] = {"bos_token": None, "eos_token": None, "pad_token": None}
+        if (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists():
+            self._load_hugging_face(directory)
+        else:
+            self._load_sentencepiece(next(iter(sorted(directory.glob("*.model")))))
+
+    def _load_hugging_face(self, directory: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
+        self.special = {name: getattr(tokenizer, name) for name in self.special}
+        self.chat_template = tokenizer.chat_template
+        self.encode = lambda text, add_special: list(tokenizer(text, add_special_tokens=add_special)["input_ids"])
+        self.decode = lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _load_sentencepiece(self, file: Path) -> None:
+        import sentencepiece
+
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self.pieces = {number: tokenizer.id_to_piece(number) for number in range(tokenizer.vocab_size())}
+        numbers = {"bos_token": tokenizer.bos_id(), "eos_token": tokenizer.eos_id(), "pad_token": tokenizer.pad_id()}
+        self.special = {name: self.pieces.get(number) for name, number in numbers.items()}
+        hidden = {number for number in self.pieces if tokenizer.is_control(number)}
+
+        def decode(ids: Sequence[int], skip_special: bool) -> str:
+            return tokenizer.decode([number for number in ids if not (skip_special and number in hidden)])
+
+        self.encode = lambda text, add_special: tokenizer.encode(text, add_bos=add_special and tokenizer.bos_id() >= 0)
+        self.decode = decode
+
+    def info(self) -> dict:
+        """Reply of /tokenizer_info."""
+        return {
+            "vocab_size": len(self.pieces),
+            "fingerprint": vocabulary_fingerprint({piece: number for number, piece in self.pieces.items()}),
+            "chat_template": self.chat_template,
+            **self.special,
+        }
+
+
+def find_text(directory: Path) -> Text | None:
+    """The tokenizer in `directory`, or None where there is none."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return Text(directory) if any((directory / n).exists() for n in names) or [*directory.glob("*.model")] else None

@@ -1,0 +1,142 @@
+"""The served weights: new ones are staged beside them, checked as a whole, and only then swapped in."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd_megatron.server.refusal import Refusal
+
+NO_UPDATE = "NoUpdateOpenError"
+
+
+class WeightStore:
+    """Parameters of `model` under their Hugging Face names, and what is staged to replace them.
+
+    Staging holds a second copy in host memory. Nothing but `swap` touches the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, root: Path | None):
+        """`root`: the one directory below which `stage_directory` reads; None allows none."""
+        self.model = model
+        self.root = root.resolve() if root else None
+        self.parameters = dict(model.named_parameters())
+        self.tied = {  # name -> the parameter that it repeats
+            name: source for name, source in getattr(model, "all_tied_weights_keys", {}).items()
+            if source in self.parameters and name not in self.parameters
+        }  # fmt: skip
+        self._staged: dict[str, dict[str, Tensor]] | None = None
+
+    @property
+    def is_updating(self) -> bool:
+        return self._staged is not None
+
+    def begin(self) -> None:
+        """Starts with nothing staged; what an unfinished update had staged is gone."""
+        self._staged = {}
+
+    def abort(self) -> None:
+        self._staged = None
+
+    def stage(self, bucket: str, body: bytes) -> int:
+        """Number of tensors in a safetensors `body`; staging a bucket again replaces it."""
+        staged = self._open_update()
+        try:
+            tensors = safetensors.torch.load(body)
+        except Exception as error:
+            raise Refusal(400, f"bucket {bucket}: the body is not a whole safetensors file ({error})") from error
+        self._check(tensors, f"bucket {bucket}")
+        staged[bucket] = tensors
+        return len(tensors)
+
+    def stage_directory(self, path: str) -> int:
+        """Number of tensors read from the safetensors files of a Hugging Face directory below `root`."""
+        staged = self._open_update()
+        directory = self._confine(path)
+        for file in _shards(directory):
+            try:
+                tensors = safetensors.torch.load_file(file)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise Refusal(400, f"{file}: cannot be read as safetensors ({error})") from error
+            self._check(tensors, str(file))
+            staged[str(file)] = tensors
+        return sum(map(len, staged.values()))
+
+    def check_complete(self) -> None:
+        """Refusal 409 unless exactly one tensor is staged for each parameter."""
+        counts: dict[str, int] = {}
+        for tensors in self._open_update().values():
+            for name in tensors:
+                counts[name] = counts.get(name, 0) + 1
+        missing = sorted(self.parameters.keys() - counts.keys())
+        repeated = sorted(name for name, count in counts.items() if count > 1)
+        if missing:
+            raise Refusal(409, f"{len(missing)} of {len(self.parameters)} tensors are missing, first {missing[0]}")
+        if repeated:
+            raise Refusal(409, f"{len(repeated)} tensors were sent in two buckets, first {repeated[0]}")
+        flat = self._flat()
+        for name, source in self.tied.items():
+            if name in flat and not torch.equal(flat[name], flat[source]):
+                raise Refusal(409, f"{name} is tied to {source} in this model but differs from it")
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Overwrites every parameter in place; `check_complete` has passed and no engine runs."""
+        flat = self._flat()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(flat[name])
+        self._staged = None
+
+    def checksums(self) -> dict[str, str]:
+        """sha256 of the bytes of each parameter."""
+        return {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in self.parameters.items()}
+
+    def _flat(self) -> dict[str, Tensor]:
+        return {name: tensor for tensors in self._open_update().values() for name, tensor in tensors.items()}
+
+    def _open_update(self) -> dict[str, dict[str, Tensor]]:
+        if self._staged is None:
+            raise Refusal(409, "no weight update is open; POST /start_weight_update first", NO_UPDATE)
+        return self._staged
+
+    def _check(self, tensors: dict[str, Tensor], where: str) -> None:
+        for name, tensor in tensors.items():
+            wanted = self.parameters.get(self.tied.get(name, name))
+            if wanted is None:
+                raise Refusal(409, f"{where}: {name} is no tensor of this model (Hugging Face names are expected)")
+            if tensor.shape != wanted.shape:
+                raise Refusal(409, f"{where}: {name} has shape {list(tensor.shape)}, expected {list(wanted.shape)}")
+            if tensor.dtype != wanted.dtype:
+                raise Refusal(
+                    409, f"{where}: {name} is {tensor.dtype}, expected {wanted.dtype}; cast it or change --dtype"
+                )
+
+    def _confine(self, path: str) -> Path:
+        if self.root is None:
+            raise Refusal(403, "updates from disk are off; start the server with --weights-root DIRECTORY")
+        directory = (self.root / path).resolve()
+        if not directory.is_relative_to(self.root):
+            raise Refusal(403, f"{path} is outside of the server's --weights-root")
+        if not directory.is_dir():
+            raise Refusal(400, f"{path} is not a directory below the server's --weights-root")
+        return directory
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [directory / Path(name).name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise Refusal(400, f"{directory} holds no .safetensors file")
+    return files
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,162 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from opsd_megatron.rollout.backend import ServerUnauthorized
+from opsd_megatron.rollout.embedded import EmbeddedBackend, as_wire
+from tests.server.serving import OLD, http, requests
+
+WIRE = Path(__file__).parents[1] / "fixtures" / "wire"
+ROUTES = [
+    ("POST", "/inference/v1/generate"),
+    ("POST", "/v1/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/metrics"),
+    ("GET", "/server_info"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/weight_info"),
+    ("POST", "/pause"),
+    ("POST", "/resume"),
+    ("GET", "/is_paused"),
+    ("POST", "/abort_requests"),
+    ("POST", "/start_weight_update"),
+    ("PUT", "/weights/0"),
+    ("POST", "/update_weights"),
+    ("POST", "/finish_weight_update"),
+    ("POST", "/abort_weight_update"),
+    ("POST", "/weight_checker"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing-here"),
+]
+
+
+def schema(name: str) -> dict:
+    document = json.loads((WIRE / "vllm-0.32.0-schemas.json").read_text())
+    return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+
+
+def recorded(path: str, status: int) -> dict:
+    exchanges = json.loads((WIRE / "vllm-0.32.0-exchanges.json").read_text())["exchanges"]
+    return next(entry for entry in exchanges if (entry["path"], entry["status"]) == (path, status))
+
+
+def shape(value):
+    """Types by key; of a list, the shape of its first item."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    return [shape(value[0])] if isinstance(value, list) and value else type(value).__name__
+
+
+def test_requests_are_valid_for_vllm_field_by_field():
+    for request in requests(2, seed=0, stop_token_ids=[3], n=2):
+        jsonschema.validate(as_wire(request), schema("GenerateRequest"))
+
+
+def test_a_request_recorded_from_vllm_is_answered_in_vllms_shape(server):
+    exchange = recorded("/inference/v1/generate", 200)
+    with http(server) as client:
+        reply = client.post("/inference/v1/generate", json=exchange["request"]).json()
+    jsonschema.validate(reply, schema("GenerateTokensResponse"))
+    theirs, ours = exchange["response"], reply
+    assert ours["request_id"] == theirs["request_id"]
+    for name in ("index", "finish_reason", "stop_reason", "weight_versions"):
+        assert shape(ours["choices"][1][name]) == shape(theirs["choices"][1][name])
+    assert {k: v for k, v in theirs["usage"].items() if v is not None} == ours["usage"]
+
+
+def test_errors_have_vllms_body(exact):
+    exchange = recorded("/inference/v1/generate", 400)
+    with http(exact) as client:
+        reply = client.post("/inference/v1/generate", json=exchange["request"])
+        missing = client.get("/nothing-here")
+    assert reply.status_code == 400 and shape(reply.json()) == shape(exchange["response"])
+    assert exchange["response"]["error"]["message"] in reply.json()["error"]["message"]
+    for response in (reply, missing):
+        jsonschema.validate(response.json(), schema("ErrorResponse"))
+    assert missing.status_code == missing.json()["error"]["code"] == 404
+
+
+def test_small_control_replies_equal_the_recorded_ones(exact):
+    with http(exact) as client:
+        assert client.post("/resume").json() == recorded("/resume", 200)["response"]
+        assert shape(client.get("/is_paused").json()) == shape(recorded("/is_paused", 200)["response"])
+        assert shape(client.get("/weight_info").json()) == shape(recorded("/weight_info", 200)["response"])
+        sums = client.post("/weight_checker", json={"action": "checksum"}).json()["checksums"]
+    embedding = "dp0:pp0:pcp0:tp0:model.embed_tokens.weight"
+    assert embedding in sums and embedding in recorded("/weight_checker", 200)["response"]["checksums"]
+
+
+def test_every_route_but_health_and_version_wants_the_token(exact):
+    with http(exact) as client:
+        for method, path in ROUTES:
+            for value in (None, "", "Bearer", "Bearer wrong", "Basic token-of-the-tests", "Bearer token-of-the-test"):
+                headers = {"Authorization": value or ""}
+                response = client.request(method, path, headers=headers)
+                assert (response.status_code, response.json()) == (401, {"error": "Unauthorized"}), (path, value)
+        for path in ("/health", "/version"):
+            assert client.get(path, headers={"Authorization": "no"}).status_code == 200
+        assert client.get("/weight_info").json() == {"weight_version": OLD}
+
+
+def test_a_wrong_token_is_said_to_be_one_and_is_not_tried_again(exact):
+    backend = EmbeddedBackend(exact.url, "not-the-token", retry_s=60)
+    with backend, pytest.raises(ServerUnauthorized, match=r"rollout\.token_variable"):
+        backend.weight_version()
+
+
+def test_the_list_of_routes_above_is_complete(exact):
+    with http(exact) as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {p.replace("/weights/0", "/weights/{bucket}") for _, p in ROUTES} - {
+        "/openapi.json",
+        "/nothing-here",
+    } | {"/health", "/version"}
+
+
+def test_a_body_over_its_limit_is_refused(exact):
+    size = (2 << 20) + 1
+    with http(exact) as client:
+        declared = client.put("/weights/0", content=b"0" * size)
+        undeclared = client.put("/weights/0", content=iter([b"0" * size]))
+        text = client.post("/inference/v1/generate", content=b" " * (33 << 20))
+    for response in (declared, undeclared, text):
+        assert response.status_code == 413 and "limit" in response.json()["error"]["message"]
+
+
+def test_metrics_count_what_was_done(exact):
+    def counts(client):
+        lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    with http(exact) as client, exact.backend() as backend:
+        before = counts(client)
+        asked = requests(3, max_tokens=4, n=2)
+        backend.generate(asked)
+        after = counts(client)
+    assert after["opsd_generation_tokens_total"] - before["opsd_generation_tokens_total"] == 24
+    prompt_tokens = sum(len(request.token_ids) for request in asked)
+    assert after["opsd_prompt_tokens_total"] - before["opsd_prompt_tokens_total"] == prompt_tokens
+    assert after["opsd_requests_running"] == 0
+
+
+def test_completions_take_ids_and_batches_of_ids(exact):
+    body = {"max_tokens": 3, "temperature": 1.0, "logprobs": 0, "return_token_ids": True, "seed": 4, "ignore_eos": True}
+    exchange = recorded("/v1/completions", 200)
+    with http(exact) as client:
+        single = client.post("/v1/completions", json={"prompt": [5, 6], **body}).json()
+        batch = client.post("/v1/completions", json={"prompt": [[7, 8, 9], [5, 6]], **body}).json()
+        text = client.post("/v1/completions", json={"prompt": "hello", **body})
+        echo = client.post("/v1/completions", json={"prompt": [5], "echo": True})
+        recorded_reply = client.post("/v1/completions", json=exchange["request"]).json()
+    choice = single["choices"][0]
+    assert choice["token_ids"] == batch["choices"][1]["token_ids"] and choice["prompt_token_ids"] == [5, 6]
+    assert choice["logprobs"]["token_logprobs"] == batch["choices"][1]["logprobs"]["token_logprobs"]
+    assert single["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert text.status_code == echo.status_code == 400
+    assert "no tokenizer" in text.text and "echo" in echo.text
+    theirs = exchange["response"]["choices"][0]
+    ours = recorded_reply["choices"][0]
+    assert shape(theirs["weight_versions"]) == shape(ours["weight_versions"])
+    assert len(theirs["logprobs"]["token_logprobs"]) == len(ours["logprobs"]["token_logprobs"])
