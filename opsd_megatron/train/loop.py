@@ -1,0 +1,59 @@
+"""The program in one function. Read this file first."""
+
+import time
+
+from opsd_megatron.config import RunConfig
+from opsd_megatron.train.layout import lay_out
+from opsd_megatron.train.optimizer import apply_gradients, learning_rate
+from opsd_megatron.train.run import Run
+from opsd_megatron.train.step import score_responses, student_pass
+
+
+def fit(config: RunConfig) -> int:
+    """Trains to `config.steps` and returns the step reached; goes on from the newest complete checkpoint.
+
+    Every rank calls it. Ends early, with a checkpoint, on SIGTERM or ctrl-C.
+    """
+    with Run(config) as run:
+        mesh, objective, teacher = run.mesh, run.objective, run.teacher
+        run.publish()  # the server may have restarted, or be serving another checkpoint
+        while run.step < config.steps and not run.stop_requested():
+            clock = Clock()
+            rollouts = run.sample()  # the student answers under its own (long) prompt
+            clock.lap("time/rollout_s")
+
+            layout = lay_out(rollouts, mesh, config.batch)
+            teacher_hidden = score_responses(run.chunks, teacher, layout, mesh) if objective.needs_teacher else None
+            clock.lap("time/teacher_s")
+
+            run.zero_gradients()
+            sums = student_pass(run.chunks, layout, objective, teacher_hidden, teacher.head_weight(), mesh)
+            values = run.reduce_metrics(rollouts, sums)
+            clock.lap("time/student_s")
+
+            rate = learning_rate(config.optimizer, run.step, config.steps)
+            norm, moved = apply_gradients(run.optimizer, rate)
+            teacher.update()
+            clock.lap("time/optimizer_s")
+
+            run.step += 1
+            if run.on_policy:
+                run.publish()
+            clock.lap("time/publish_s")
+
+            values |= {"optimizer/grad_norm": norm, "optimizer/lr": rate, "optimizer/skipped": float(not moved)}
+            run.finish_step(values | clock.laps)
+        return run.step
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self):
+        self._started = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+        self.laps["time/step_s"] = now - self._started

@@ -1,0 +1,198 @@
+"""The mutable state of one training run: what it is built from, how it samples, saves, resumes and ends."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from opsd_megatron.checkpoint.model_weights import load_weights, save_hf
+from opsd_megatron.checkpoint.training_state import load_state, save_state
+from opsd_megatron.config import Distill, RunConfig
+from opsd_megatron.data.pairs import build_pair
+from opsd_megatron.data.records import read_records
+from opsd_megatron.data.stream import RecordStream
+from opsd_megatron.data.tokenizer import load_tokenizer
+from opsd_megatron.errors import ConfigError, ServerError, UserError
+from opsd_megatron.models.architecture import read_architecture
+from opsd_megatron.models.build import build_model
+from opsd_megatron.models.teacher import build_teacher
+from opsd_megatron.objectives.build import build_objective
+from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
+from opsd_megatron.parallel.mesh import build_mesh
+from opsd_megatron.parallel.reduce import broadcast_object
+from opsd_megatron.rollout.backend import UpdateLost
+from opsd_megatron.train.optimizer import make_trainable
+from opsd_megatron.train.progress import ProgressLine
+from opsd_megatron.train.record import RunRecord, describe_run
+from opsd_megatron.train.sampling import Sampling
+from opsd_megatron.train.stop import StopSignal
+from opsd_megatron.train.weight_sync import publish, version_name
+from opsd_megatron.types import PromptPair, Rollout
+
+PUBLISH_ATTEMPTS = 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Run:
+    """Every rank has one; rank 0 alone writes records, and one rank of each replica talks to the inference server."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.mesh = build_mesh(config.parallel, config.seed)
+        self.architecture = read_architecture(config.model.path, config.model.yarn_factor)
+        self.tokenizer = load_tokenizer(config.model.path)
+        self._check_vocabulary()
+        self.records = read_records(config.data.path)
+        self.stream = RecordStream(self.records, config.seed, config.data.shuffle, self.mesh.dp.rank, self.mesh.dp.size)
+        dtype = DTYPES[config.model.dtype]
+        modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute)
+        load_weights(modules, self.architecture, config.model.path, self.mesh)
+        self.teacher = build_teacher(config.teacher, modules, self.mesh)
+        self.chunks, self.optimizer = make_trainable(modules, self.mesh, config.optimizer, dtype)
+        self.objective = build_objective(
+            config.objective, config.rollout.temperature, self.mesh.tp, self.architecture.vocab_size
+        )
+        self.on_policy = isinstance(config.objective, Distill)
+        self.step = self._resume()
+        self.sampling = Sampling(config, self.tokenizer, self.mesh)
+
+    def __enter__(self) -> "Run":
+        self._stop = StopSignal()
+        is_first = self.mesh.world.rank == 0
+        self._progress = ProgressLine(self.config.steps, self.step, self.config.log.progress) if is_first else None
+        description = describe_run(self.config, self.mesh.describe())
+        directory = self.config.checkpoint.directory
+        self._record = RunRecord(directory, description, self.config.log, self.step) if is_first else None
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Whatever ended the run: a checkpoint where the state is whole, and nothing left running."""
+        if kind is None or issubclass(kind, ServerError):
+            self._save_if_new()
+        if kind is None and self.config.checkpoint.export_hf and self.step >= self.config.steps:
+            self._export()
+        if self._record is not None:
+            self._record.close()
+        if self._progress is not None:
+            self._progress.close()
+        self.sampling.close()
+        self._stop.restore()
+
+    def next_pairs(self) -> list[PromptPair]:
+        """This replica's prompts of the next step; the same on all its ranks."""
+        data = self.config.data
+        return [
+            build_pair(self.records[number], data.template, self.tokenizer, data.student_tokens, data.teacher_tokens)
+            for number in self.stream.next_batch(self.config.batch.prompts_per_step)
+        ]
+
+    def sample(self) -> list[Rollout]:
+        """This replica's rollouts, from weights of this very step; a server that lost them gets them again."""
+        position = self.stream.state_dict()
+        try:
+            pairs = self.next_pairs()
+            rollouts = self.sampling.sample(pairs, self.step, self.version)
+            while rollouts is None:
+                self.publish()
+                rollouts = self.sampling.sample(pairs, self.step, self.version)
+        except UserError:
+            self.stream.load_state_dict(position)  # the step was not taken: a resumed run takes it again
+            raise
+        return rollouts
+
+    @property
+    def version(self) -> str:
+        """What the server must serve: off-policy runs keep it at the weights it was first given."""
+        return version_name(self.step if self.on_policy else 0)
+
+    def publish(self) -> None:
+        """The current weights, to the inference server; again from the start where it restarted in between."""
+        for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
+            try:
+                publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, self.version)
+                return
+            except UpdateLost:
+                if not attempts_left:
+                    raise
+
+    def zero_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def reduce_metrics(self, rollouts: list[Rollout], sums: MetricSums) -> dict[str, float]:
+        """Equal on every rank; UserError on every rank where the loss is not a number, before any weight moves."""
+        values: dict[str, float] = {}
+        if self.mesh.is_last_stage:
+            on_device = {name: value.to(self.mesh.device) for name, value in sums.items()}
+            values = finish_metrics(reduce_metrics(on_device, self.mesh.dp_cp))
+        values = broadcast_object(values, self.mesh.pp, self.mesh.pp.size - 1)
+        about = rollout_metrics(rollouts, self.tokenizer.eos_ids)
+        about = {name: value.to(self.mesh.device) for name, value in about.items()}
+        values |= finish_metrics(reduce_metrics(about, self.mesh.dp))
+        if not math.isfinite(values["loss/per_token"]):
+            raise UserError(
+                f"step {self.step}: the loss is {values['loss/per_token']}; no weight was changed. Lower optimizer.lr "
+                f"(now {self.config.optimizer.lr}) and resume from the last checkpoint"
+            )
+        return values
+
+    def finish_step(self, values: Mapping[str, float]) -> None:
+        """Counts, shows, records and, when due, probes and saves."""
+        log, every = self.config.log, self.config.checkpoint.every_steps
+        values = dict(values)
+        if log.probe_every_steps and self.step % log.probe_every_steps == 0:
+            values |= self.sampling.probe(log)
+        if self._record is not None and self._progress is not None:
+            self._record.write(self.step, values)
+            self._progress.show(self.step, values)
+        if every and self.step % every == 0:
+            self._save_if_new()
+
+    def stop_requested(self) -> bool:
+        """Whether any rank got SIGTERM or ctrl-C; collective."""
+        return self._stop.anywhere(self.mesh)
+
+    def _check_vocabulary(self) -> None:
+        if self.tokenizer.vocab_size > self.architecture.vocab_size:
+            raise ConfigError(
+                f"{self.config.model.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{self.architecture.vocab_size}; they do not belong together"
+            )
+
+    def _resume(self) -> int:
+        self._saved_step = -1
+        restored = load_state(
+            self.config.checkpoint.directory,
+            self.chunks,
+            self.architecture,
+            self.mesh,
+            optimizer=self.optimizer,
+            teacher=self.teacher.tensors(),
+            seed=self.config.seed,
+        )
+        if restored is None:
+            return 0
+        self.stream.load_state_dict(restored.extra["stream"])
+        self._saved_step = restored.step
+        return restored.step
+
+    def _save_if_new(self) -> None:
+        if self._saved_step == self.step:
+            return
+        save_state(
+            self.config.checkpoint.directory,
+            self.step,
+            self.chunks,
+            self.architecture,
+            self.mesh,
+            optimizer=self.optimizer,
+            teacher=self.teacher.tensors(),
+            extra={"stream": self.stream.state_dict()},
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_step = self.step
+
+    def _export(self) -> None:
+        target = self.config.checkpoint.directory / "hf"
+        save_hf(self.chunks, self.architecture, self.mesh, self.config.model.path, target, overwrite=True)
