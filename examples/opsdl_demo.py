@@ -1,0 +1,179 @@
+"""The whole program on two CPU cores: a small model teaches itself to use contexts that it could not use before.
+
+    python examples/opsdl_demo.py                         # what `make demo` runs
+    python examples/opsdl_demo.py --recipes ema live --seeds 0 1 2
+
+For every recipe and seed: starts the inference server as a process of its own, asks the starting model questions at
+several context lengths, trains with `torchrun --nproc-per-node 2 examples/opsdl_tiny.py` against that server, asks
+again, and writes table, JSONL and picture. Training never sees an answer, only (long context, short context, question).
+"""
+
+import hashlib
+import json
+import os
+import random
+import secrets
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tiny_task import make_eval_set, make_training_set
+
+from opsd_megatron.config import PlainTemplate
+from opsd_megatron.data.records import read_records
+from opsd_megatron.data.tokenizer import load_tokenizer
+from opsd_megatron.errors import DataError
+from opsd_megatron.evaluation.exact_match import LengthScore, append_rows, evaluate_lengths
+from opsd_megatron.evaluation.plot import plot_accuracy
+from opsd_megatron.launch.command import exit_with
+from opsd_megatron.rollout.process import start_server
+from opsd_megatron.train.sampling import greedy
+
+HERE = Path(__file__).parent
+MODEL = HERE / "tiny"
+RESPONSE_TOKENS = 6
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Trains the tiny model on its own short-context knowledge and shows what that did, by context length."""
+
+    recipes: tuple[str, ...] = ("frozen",)
+    """Names of recipes in examples/opsdl_tiny.py."""
+    seeds: tuple[int, ...] = (0,)
+    """One run per recipe and seed; each has its own data order, sampling and evaluation items."""
+    lengths: tuple[int, ...] = (64, 96, 128, 256, 512)
+    """Context lengths in tokens at which questions are asked."""
+    items: int = 200
+    """Questions per length."""
+    output: Path = Path("runs/demo")
+    """Data, runs, results.jsonl and accuracy.png go here; an interrupted run goes on from its checkpoint."""
+
+
+def main(demo: Demo) -> None:
+    check_model()
+    rows: list[dict] = []
+    for recipe in demo.recipes:
+        for seed in demo.seeds:
+            rows += run_one(demo, recipe, seed)
+            report(demo, rows)
+
+
+def check_model() -> None:
+    """DataError unless the starting model is the one that tiny_pretrain.py made and this repository recorded."""
+    expected = (MODEL / "SHA256").read_text().split()[0]
+    found = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"{MODEL}/model.safetensors has SHA-256 {found}, expected {expected}; restore it with git checkout, or "
+            "write the new hash into SHA256 if you trained it again with examples/tiny_pretrain.py"
+        )
+
+
+def run_one(demo: Demo, recipe: str, seed: int) -> list[dict]:
+    """Result rows, before and after, of one recipe and seed."""
+    directory = demo.output / f"{recipe}-{seed}"
+    write_data(demo, directory, seed)
+    token = secrets.token_urlsafe(32)
+    console.rule(f"{recipe}, seed {seed}")
+    with start_server(MODEL, token, directory / "server.log", threads=1) as server:
+        before = evaluate(demo, directory, server, "before")
+        train(recipe, seed, directory, server.url, token)
+        after = evaluate(demo, directory, server, "after")
+    rows = [
+        {"recipe": recipe, "seed": seed, "when": when, **score.row()}
+        for when, scores in (("before", before), ("after", after))
+        for score in scores
+    ]
+    append_rows(demo.output / "results.jsonl", rows)
+    return rows
+
+
+def write_data(demo: Demo, directory: Path, seed: int) -> None:
+    """train.jsonl without answers, in the order in which it is read; eval.jsonl from other prose and other facts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    encode = load_tokenizer(MODEL).encode
+    draw = random.Random(seed)
+    lengths = [context_tokens(draw, step / TRAINING_STEPS) for step in range(TRAINING_STEPS) for _ in range(16)]
+    training = make_training_set(encode, seed, lengths)
+    asked = [record for length in demo.lengths for record in make_eval_set(encode, seed, length, demo.items)]
+    for name, records in (("train", training), ("eval", asked)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+TRAINING_STEPS = 300
+
+
+def context_tokens(draw: random.Random, progress: float) -> int:
+    """Contexts grow: from 128 tokens up to 192 at the start, up to 576 from half of the run on."""
+    longest = 192 + min(1.0, 2 * progress) * (576 - 192)
+    return int(draw.uniform(128, longest))
+
+
+def train(recipe: str, seed: int, directory: Path, url: str, token: str) -> None:
+    """The training run, as a user starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(HERE / "opsdl_tiny.py"), "--recipe", recipe, "--seed", str(seed), "--rollout.url", url]
+    command += ["--data.path", str(directory / "train.jsonl"), "--checkpoint.directory", str(directory / "run")]
+    environment = os.environ | {"OPSD_SERVER_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True)
+
+
+def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore]:
+    tokenizer = load_tokenizer(MODEL)
+    records = list(read_records(directory / "eval.jsonl"))
+    with server.backend() as backend:
+        return evaluate_lengths(
+            lambda prompts: greedy(backend, prompts, tokenizer, RESPONSE_TOKENS),
+            track(records, f"asking {when} training", console=console),
+            PlainTemplate(),
+            tokenizer,
+            budget_tokens=2 * max(demo.lengths),
+            items_path=directory / f"items-{when}.jsonl",
+        )
+
+
+def report(demo: Demo, rows: list[dict]) -> None:
+    """The table on the terminal and the picture, over all seeds so far."""
+    table = Table(title="exact match by context length (mean over seeds, lowest to highest)")
+    table.add_column("recipe")
+    for length in demo.lengths:
+        table.add_column(str(length), justify="right")
+    lines = {("starting model", "before"): rows}
+    lines |= {(recipe, "after"): [row for row in rows if row["recipe"] == recipe] for recipe in demo.recipes}
+    curves: dict[str, list[list[LengthScore]]] = {}
+    for (name, when), own in lines.items():
+        kept = [row for row in own if row["when"] == when]
+        if not kept:
+            continue
+        table.add_row(name, *(cell([row["accuracy"] for row in kept if row["length"] == n]) for n in demo.lengths))
+        curves[name] = scores_by_seed(kept)
+    Console().print(table)
+    picture = demo.output / "accuracy.png"
+    plot_accuracy(curves, picture, "A small model teaches itself longer contexts", baseline="starting model")
+    Console().print(f"picture: {picture}   numbers: {demo.output / 'results.jsonl'}")
+
+
+def cell(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def scores_by_seed(rows: list[dict]) -> list[list[LengthScore]]:
+    runs: dict[tuple, list[LengthScore]] = {}
+    for row in rows:
+        score = LengthScore(row["length"], row["items"], row["correct"])
+        runs.setdefault((row["recipe"], row["seed"]), []).append(score)
+    return list(runs.values())
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Demo, description=__doc__)
+    exit_with(lambda: main(options))
