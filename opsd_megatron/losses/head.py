@@ -1,13 +1,6 @@
-"""Losses from hidden states: LM head and divergence together, in chunks of rows, vocabulary-parallel.
+"""Losses from hidden states: LM head and divergence together, vocabulary-parallel, in chunks of rows."""
 
-One autograd function (`_ChunkedHead`) serves every loss. It takes the gradient while it goes forward: a chunk's logits
-are made, scored, turned into their own gradient and multiplied back to hidden states and weights, then forgotten, so
-that peak memory is a few [chunk, vocab_shard] buffers and the gradients, whatever the number of rows. Computing the
-logits again in the backward pass would cost half as many matrix products more. The backward pass multiplies by the
-upstream scalar; normalisation is therefore free to be known late.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsd_megatron.config import Distill
+from opsd_megatron.losses.chunked import ChunkedPass, gradient_dtype, project, run_chunks
 from opsd_megatron.losses.divergence import (
     Comparison,
     VocabShard,
@@ -83,13 +77,13 @@ def distill_head(
     _check_targets(targets, vocab_size)
     _check_heads(student_weight, teacher_weight)
     teacher_rows, teacher_columns = teacher_hidden.detach(), teacher_weight.detach()[: shard.width]
-    exact = _gradient_dtype(student_hidden)
+    exact = gradient_dtype(student_hidden)
     weights, behaviour_logprobs = weights.to(exact), behaviour_logprobs.to(exact)
     full = objective.estimator == "full"
 
     def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         student_logits, teacher_logits, *spare = buffers
-        _project(teacher_rows[rows], teacher_columns, temperature, teacher_logits)
+        project(teacher_rows[rows], teacher_columns, temperature, teacher_logits)
         direction, beta, with_slope = objective.direction, objective.jsd_beta, with_gradient and full
         compared = compare_(student_logits, teacher_logits, spare, targets[rows], shard, direction, beta, with_slope)
         values, scale = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
@@ -101,8 +95,8 @@ def distill_head(
             gradient = negative_logprob_gradient_(compared.probs, targets[rows], shard)
         return values, gradient.mul_(scale[:, None])
 
-    plan = _Pass(score, 8, 4, shard, temperature, objective.chunk_tokens)
-    loss_sum, values = _run(student_hidden, student_weight, plan)
+    plan = ChunkedPass(score, 8, 4, shard, temperature, objective.chunk_tokens)
+    loss_sum, values = run_chunks(student_hidden, student_weight, plan)
     _, divergence, reverse_kl, entropy, student_logprob, teacher_logprob, advantage, importance = values
     return HeadResult(
         loss_sum, divergence, reverse_kl, student_logprob, teacher_logprob, advantage, entropy, importance
@@ -143,7 +137,7 @@ def cross_entropy_head(
     """Sum over rows of -weight log p(target); conventions as in `distill_head`."""
     shard = VocabShard.of(weight.shape[0], vocab_size, tp)
     _check_targets(targets, vocab_size)
-    weights = weights.to(_gradient_dtype(hidden))
+    weights = weights.to(gradient_dtype(hidden))
 
     def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         logits, probs = buffers
@@ -157,7 +151,7 @@ def cross_entropy_head(
         gradient = negative_logprob_gradient_(probs, targets[rows], shard)
         return values, gradient.mul_(weights[rows, None])
 
-    loss_sum, values = _run(hidden, weight, _Pass(score, 3, 2, shard, temperature, chunk_tokens))
+    loss_sum, values = run_chunks(hidden, weight, ChunkedPass(score, 3, 2, shard, temperature, chunk_tokens))
     return CrossEntropyResult(loss_sum, values[1], values[2])
 
 
@@ -185,105 +179,6 @@ def logprob_head(
         chunk_tokens=chunk_tokens,
     )
     return result.logprob, result.entropy
-
-
-_Score = Callable[[slice, Sequence[Tensor], bool], tuple[Tensor, Tensor | None]]
-"""(rows, buffers, with_gradient) -> ([quantities, rows] with the loss first, its gradient for the logits).
-
-The first buffer holds the logits of the rows; all of them may be overwritten, and the gradient may be one of them.
-"""
-
-
-@dataclass(frozen=True)
-class _Pass:
-    score: _Score
-    quantities: int
-    buffers: int
-    """[rows of a chunk, vocab_shard] each: what the pass needs beside gradients. The same ones serve every chunk, since
-    the pages of a fresh tensor cost a CPU as much as an exponential."""
-    shard: VocabShard
-    temperature: float
-    chunk_tokens: int
-
-
-def _run(hidden: Tensor, weight: Tensor, plan: _Pass) -> tuple[Tensor, Tensor]:
-    return _ChunkedHead.apply(hidden, weight, plan, torch.is_grad_enabled())
-
-
-class _ChunkedHead(torch.autograd.Function):
-    """(hidden, weight) -> (sum of the losses, [quantities, rows] detached)."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, plan: _Pass, grad_enabled: bool):
-        exact = _gradient_dtype(hidden)
-        columns = weight[: plan.shard.width]
-        values = hidden.new_empty(plan.quantities, hidden.shape[0], dtype=exact)
-        hidden_needs, weight_needs = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        hidden_gradient = torch.zeros_like(hidden, dtype=exact) if hidden_needs else None
-        weight_gradient = torch.zeros_like(weight, dtype=exact) if weight_needs else None
-        chunks = _chunks(hidden.shape[0], plan.chunk_tokens)
-        largest = max((rows.stop - rows.start for rows in chunks), default=0)
-        pool = [values.new_empty(largest, plan.shard.width) for _ in range(plan.buffers)]
-        for rows in chunks:
-            buffers = [buffer[: rows.stop - rows.start] for buffer in pool]
-            _project(hidden[rows], columns, plan.temperature, buffers[0])
-            values[:, rows], gradient = plan.score(rows, buffers, hidden_needs or weight_needs)
-            if gradient is None:
-                continue
-            gradient = gradient.div_(plan.temperature).to(hidden.dtype)
-            if hidden_gradient is not None:
-                _multiply(gradient, columns, hidden_gradient[rows])
-            if weight_gradient is not None:
-                _add_product_(weight_gradient[: plan.shard.width], gradient.t(), hidden[rows])
-        if hidden_gradient is not None:
-            hidden_gradient = sum_over(hidden_gradient, plan.shard.tp)
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(values)
-        return values[0].sum(), values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor, _values):
-        scaled = (
-            None if gradient is None else (gradient * upstream).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None
-
-
-def _chunks(rows: int, chunk_tokens: int) -> list[slice]:
-    """As few slices as `chunk_tokens` allows, as even as can be."""
-    count = -(-rows // chunk_tokens)
-    return [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
-
-
-def _gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Losses, reductions and gradients are kept in it."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _project(hidden: Tensor, columns: Tensor, temperature: float, logits: Tensor) -> None:
-    _multiply(hidden, columns.t(), logits)
-    if temperature != 1:
-        logits.div_(temperature)
-
-
-def _multiply(left: Tensor, right: Tensor, product: Tensor) -> None:
-    if left.dtype == product.dtype:
-        torch.mm(left, right, out=product)
-    elif left.is_cuda:
-        torch.mm(left, right, out_dtype=product.dtype, out=product)  # its float32 sums stay as they are; CUDA only
-    else:
-        product.copy_(torch.mm(left, right))
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right: where the gradient of the LM head is made, in the dtype of `total`."""
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The chunked head on one rank: values and gradients against dense float64, work and memory, and its identities."""
+"""The chunked head on one rank: values and gradients against dense float64, work and memory."""
 
 from dataclasses import replace
 
@@ -8,53 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_megatron.config import Distill
-from opsd_megatron.losses.head import cross_entropy_head, distill_head, logprob_head
-from opsd_megatron.parallel.axis import Axis
+from opsd_megatron.losses.head import logprob_head
 from tests.losses.dense import OBJECTIVES, Problem, assert_gradient_close, dense_distillation, make_problem
+from tests.losses.runs import TP, gradients, run_cross_entropy, run_head, with_leaves
 
-TP = Axis.single("tp")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def run_head(problem: Problem, objective: Distill):
-    return distill_head(
-        problem.student_hidden,
-        problem.student_weight,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.targets,
-        problem.weights,
-        problem.behaviour_logprobs,
-        objective=objective,
-        temperature=problem.temperature,
-        tp=TP,
-        vocab_size=problem.vocab_size,
-    )
-
-
-def run_cross_entropy(problem: Problem, chunk_tokens: int = 8):
-    return cross_entropy_head(
-        problem.student_hidden,
-        problem.student_weight,
-        problem.targets,
-        problem.weights,
-        temperature=problem.temperature,
-        tp=TP,
-        vocab_size=problem.vocab_size,
-        chunk_tokens=chunk_tokens,
-    )
-
-
-def with_leaves(problem: Problem) -> Problem:
-    return replace(
-        problem,
-        student_hidden=problem.student_hidden.requires_grad_(),
-        student_weight=problem.student_weight.requires_grad_(),
-    )
-
-
-def gradients(problem: Problem, loss_sum: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.autograd.grad(loss_sum, (problem.student_hidden, problem.student_weight))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -159,60 +117,6 @@ def test_bfloat16_keeps_losses_in_float32_and_gradients_within_its_own_rounding(
         (weight_gradient[: problem.vocab_size], exact.weight_gradient),
     ):
         assert (actual.double() - expected).norm() < 1e-2 * expected.norm()
-
-
-# Identities (reference: the gradient identities of reverse KL), here through the head itself.
-
-
-def every_token_of_one_row(weight_of_token, behaviour_of_token) -> Problem:
-    """One row repeated for every token of the vocabulary; weights and behaviour are functions of (log p, a log b)."""
-    one = make_problem(rows=1, vocab_size=40, held=40)
-    log_p = (one.student_hidden @ one.student_weight.T / one.temperature).log_softmax(-1)[0]
-    log_b = (log_p * 0.8).log_softmax(-1)
-    return with_leaves(
-        replace(
-            one,
-            student_hidden=one.student_hidden.expand(40, -1).clone(),
-            teacher_hidden=one.teacher_hidden.expand(40, -1).clone(),
-            targets=torch.arange(40),
-            weights=weight_of_token(log_p, log_b),
-            behaviour_logprobs=behaviour_of_token(log_p, log_b),
-        )
-    )
-
-
-@pytest.mark.parametrize("sampled_from", ["the student", "the server, with importance weights"])
-def test_sampled_loss_has_the_expected_gradient_of_the_full_one(sampled_from):
-    if sampled_from == "the student":
-        tokens = every_token_of_one_row(lambda log_p, _: log_p.exp(), lambda log_p, _: log_p)
-        objective = Distill(estimator="sampled", importance_cap=None)
-    else:
-        tokens = every_token_of_one_row(lambda _, log_b: log_b.exp(), lambda _, log_b: log_b)
-        objective = Distill(estimator="sampled", importance_cap=1e9)
-    hidden_gradient, weight_gradient = gradients(tokens, run_head(tokens, objective).loss_sum)
-
-    one = with_leaves(replace(make_problem(rows=1, vocab_size=40, held=40), weights=torch.ones(1)))
-    full_hidden_gradient, full_weight_gradient = gradients(one, run_head(one, Distill()).loss_sum)
-    torch.testing.assert_close(hidden_gradient.sum(0, keepdim=True), full_hidden_gradient, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(weight_gradient, full_weight_gradient, rtol=1e-12, atol=1e-14)
-
-
-def test_log_prob_averaged_over_its_own_distribution_has_no_gradient():
-    tokens = every_token_of_one_row(lambda log_p, _: log_p.exp(), lambda log_p, _: log_p)
-    hidden_gradient, weight_gradient = gradients(tokens, run_cross_entropy(tokens).loss_sum)
-    assert hidden_gradient.sum(0).abs().max() < 1e-15 and weight_gradient.abs().max() < 1e-15
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_teacher_equal_to_the_student_leaves_nothing_to_learn(name, dtype):
-    problem = make_problem(dtype=dtype)
-    same = {"teacher_hidden": problem.student_hidden.clone(), "teacher_weight": problem.student_weight.clone()}
-    problem = with_leaves(replace(problem, **same))
-    head = run_head(problem, OBJECTIVES[name])
-    assert head.divergence.abs().max() <= 1e-9 and head.advantage.abs().max() == 0
-    for gradient in gradients(problem, head.loss_sum):
-        assert torch.count_nonzero(gradient) == 0
 
 
 def test_importance_is_the_capped_probability_ratio():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_megatron.config import Distill
-from opsd_megatron.losses import divergence, head
+from opsd_megatron.losses import chunked, divergence, head
 from opsd_megatron.parallel.axis import Axis
 from tests.losses.dense import OBJECTIVES, assert_gradient_close, dense_distillation, make_problem
 from tests.ranks import run_on_ranks
@@ -53,15 +53,15 @@ def head_on_rank(problem_arguments: dict, objective: Distill, left_out: str | No
 
 def leave_out(reduction: str | None):
     """Makes one all-reduce the identity; returns what puts it back."""
-    kept = divergence.max_over, divergence.sum_over, head.sum_over
+    kept = divergence.max_over, divergence.sum_over, chunked.sum_over
 
     def restore():
-        divergence.max_over, divergence.sum_over, head.sum_over = kept
+        divergence.max_over, divergence.sum_over, chunked.sum_over = kept
 
     if reduction == "log-sum-exp max":
         divergence.max_over = lambda values, axis: values
     elif reduction == "hidden gradient sum":
-        head.sum_over = lambda values, axis: values
+        chunked.sum_over = lambda values, axis: values
     elif reduction is not None:
         quantities = _REDUCED_ROWS[reduction]
         divergence.sum_over = lambda values, axis: values if len(values) == quantities else kept[1](values, axis)
