@@ -68,7 +68,10 @@ class ModelConfig:
     recompute: Literal["none", "mlp", "full"] = "none"
     """Activations computed again in the backward pass: none, the MLPs, or whole layers. Never core attention alone."""
     yarn_factor: float | None = None
-    """Override: run with YaRN at this factor over the model's original context (Qwen2.5 and Qwen3 beyond 32k)."""
+    """Override: run with YaRN at this factor over the model's original context (Qwen2.5 and Qwen3 beyond 32k). The
+    inference server must do the same."""
+    yarn_original_positions: int | None = None
+    """Context that YaRN stretches from; None takes max_position_embeddings (Qwen3 says 40960, but means 32768)."""
 
 
 @dataclass(frozen=True)

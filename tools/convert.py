@@ -10,6 +10,7 @@ any layout. Both hold the whole model in memory once. An output appears whole or
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def _side_files(given: Path | None, description: dict[str, Any]) -> Path | None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", module="megatron")  # about packages that a conversion does not need
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the model is built in host memory
     commands = Annotated[Export, tyro.conf.subcommand("export")] | Annotated[Import, tyro.conf.subcommand("import")]
     try:

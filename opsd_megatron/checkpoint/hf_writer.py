@@ -117,7 +117,10 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
 
 
 def _save(shard: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
     _sync(path)
 
 

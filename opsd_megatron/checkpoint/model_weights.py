@@ -163,7 +163,7 @@ def export_weights(
         tensor = value_of(parameters[name])
         return tensor if dtype is None else tensor.to(dtype)
 
-    plan = _export_plan(weights, parameters, architecture, mesh, value)
+    plan = _export_plan(weights, parameters, architecture, mesh, lambda p: dtype or value_of(p).dtype)
     for weight in weights:
         stage, stored = plan[weight.megatron]
         if mesh.dp_cp.rank == 0:
@@ -181,7 +181,7 @@ def _export_plan(
     parameters: dict[str, Parameter],
     architecture: Architecture,
     mesh: Mesh,
-    value: Callable[[str], Tensor],
+    dtype_of: Callable[[Parameter], torch.dtype],
 ) -> dict[str, tuple[int, torch.dtype]]:
     """Pipeline stage and dtype of every weight, agreed before the first transfer; CheckpointError on all ranks."""
     known = {weight.megatron for weight in weights}
@@ -190,7 +190,7 @@ def _export_plan(
     def own() -> dict[str, torch.dtype]:
         if strangers := sorted(set(parameters) - known - copies):
             raise CheckpointError(f"parameters {strangers} have no row in the {architecture.family} weight table")
-        return {name: value(name).dtype for name in parameters if name in known}
+        return {name: dtype_of(parameter) for name, parameter in parameters.items() if name in known}
 
     mine = together(own)
     stages: list[dict[str, torch.dtype]] = [mine]

@@ -6,6 +6,7 @@ Megatron's files contain pickles: load checkpoints from trusted places only.
 
 import json
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,7 +102,9 @@ def load_state(
     if exact and optimizer is not None:
         state["random"] = _random_object(mesh, None)
     try:
-        loaded: Any = dist_checkpointing.load(state, str(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)  # core's own call
+            loaded: Any = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}; remove the directory to resume from the one before it"

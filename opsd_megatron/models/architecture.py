@@ -119,7 +119,9 @@ class Architecture:
     """config.json as it should be written beside exported weights."""
 
 
-def read_architecture(hf_dir: Path, yarn_factor: float | None = None) -> Architecture:
+def read_architecture(
+    hf_dir: Path, yarn_factor: float | None = None, yarn_original_positions: int | None = None
+) -> Architecture:
     """The architecture of a model directory.
 
     `yarn_factor` stretches a model with plain rotary positions (YaRN, arXiv:2309.00071) and is written into
@@ -134,11 +136,14 @@ def read_architecture(hf_dir: Path, yarn_factor: float | None = None) -> Archite
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; model.path must be a Hugging Face model directory") from error
-    return architecture_of(config, yarn_factor, source=str(path))
+    return architecture_of(config, yarn_factor, yarn_original_positions, source=str(path))
 
 
 def architecture_of(
-    config: Mapping[str, Any], yarn_factor: float | None = None, source: str = "config"
+    config: Mapping[str, Any],
+    yarn_factor: float | None = None,
+    yarn_original_positions: int | None = None,
+    source: str = "config",
 ) -> Architecture:
     """The architecture of a parsed config.json; errors as `read_architecture`."""
     family = config.get("model_type")
@@ -149,7 +154,8 @@ def architecture_of(
         raise ConfigError(f"{source}: {', '.join(missing)} missing; nothing is assumed for these")
     rope = _read_rope(config, source)
     if yarn_factor is not None:
-        rope, config = _stretch(rope, config, yarn_factor, source)
+        original = yarn_original_positions or config["max_position_embeddings"]
+        rope, config = _stretch(rope, config, yarn_factor, original, source)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") is None and family == "qwen3":
         raise ConfigError(f"{source}: head_dim missing; a qwen3 config must state it")
@@ -241,7 +247,7 @@ def _read_rope(config: Mapping[str, Any], source: str) -> RopeConfig:
     return RopeConfig(theta=float(theta), kind=kind, original_max_positions=original, **values)
 
 
-def _stretch(rope: RopeConfig, config: Mapping[str, Any], factor: float, source: str):
+def _stretch(rope: RopeConfig, config: Mapping[str, Any], factor: float, original: int, source: str):
     if rope.kind != "default":
         raise ConfigError(
             f"model.yarn_factor={factor} needs plain rotary positions, but {source} has rope_type={rope.kind}; "
@@ -249,7 +255,8 @@ def _stretch(rope: RopeConfig, config: Mapping[str, Any], factor: float, source:
         )
     if factor < 1:
         raise ConfigError(f"model.yarn_factor={factor}: 1 or more")
-    original = config["max_position_embeddings"]
+    positions = max(config["max_position_embeddings"], int(factor * original))
+    config = {**config, "max_position_embeddings": positions}
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if "rope_parameters" in config:
         written = {**config, "rope_parameters": {**scaling, "rope_theta": rope.theta}}

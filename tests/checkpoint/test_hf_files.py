@@ -33,7 +33,8 @@ def test_shards_are_named_and_indexed_as_hugging_face_does(sharded):
 
 def test_what_is_written_is_read_back(sharded, tmp_path):
     single = write_hf_directory(TENSORS.items(), tmp_path / "single", {})
-    assert (single / "model.safetensors").exists() and not (single / INDEX_FILE).exists()
+    assert not (single / INDEX_FILE).exists()
+    assert (single / "model.safetensors").stat().st_mode == (single / "config.json").stat().st_mode
     for reader in (HfReader(sharded), HfReader(single)):
         assert reader.names == set(TENSORS)
         for name, tensor in TENSORS.items():

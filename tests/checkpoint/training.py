@@ -3,22 +3,33 @@
 Such gradients are the same under every layout without a forward pass, and zero in rows beyond the vocabulary.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
 from opsd_megatron.checkpoint.model_weights import export_weights, load_weights, named_parameters
+from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.models.architecture import Architecture, read_architecture
 from opsd_megatron.models.build import build_model
 from opsd_megatron.parallel.mesh import Mesh, build_mesh
+from tests.tiny_models import write_tiny_model
+
+# after the project's own modules, which make core run without CUDA
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+
+PLAIN = {"distributed": False}
+DISTRIBUTED = {"distributed": True}
+BF16 = {"distributed": True, "dtype": torch.bfloat16}
+BF16_PLAIN = {"distributed": False, "dtype": torch.bfloat16}
 
 
 @dataclass
@@ -35,7 +46,7 @@ class Training:
         assert moved
 
     def weights(self) -> dict[str, Tensor | None]:
-        return self._export(lambda parameter: parameter.data)
+        return self.export(lambda parameter: parameter.data)
 
     def states(self) -> dict[str, dict[str, Tensor | None]]:
         """Whole optimizer tensors by kind, then by Hugging Face name, on global rank 0."""
@@ -43,7 +54,7 @@ class Training:
         gathered = {name: self._state(inner, p) for name, p in named_parameters(self.chunks).items()}
         of = {id(p): gathered[name] for name, p in named_parameters(self.chunks).items()}
         kinds = next(iter(gathered.values()))
-        return {kind: self._export(lambda parameter, kind=kind: of[id(parameter)][kind]) for kind in kinds}
+        return {kind: self.export(lambda parameter, kind=kind: of[id(parameter)][kind]) for kind in kinds}
 
     def _state(self, inner: Any, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         if not hasattr(inner, "gbuf_ranges"):
@@ -65,7 +76,7 @@ class Training:
     def _without_step(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {kind: tensor for kind, tensor in state.items() if kind != "step"}
 
-    def _export(self, value_of: Callable) -> dict[str, Tensor | None]:
+    def export(self, value_of: Callable) -> dict[str, Tensor | None]:
         return {
             name: None if tensor is None else tensor.clone()
             for name, tensor in export_weights(self.chunks, self.architecture, self.mesh, value_of=value_of)
@@ -101,3 +112,40 @@ def start(directory: Path, layout: ParallelConfig, *, distributed: bool, dtype=t
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.collection)
     return Training(mesh, architecture, chunks, optimizer)
+
+
+def write_start(directory: Path) -> Path:
+    """249 rows: another number of padding rows for tp 1 and tp 2. Tied, so that a last stage holds a copy."""
+    return write_tiny_model(directory, "qwen3", vocab_size=249, tie_word_embeddings=True)
+
+
+def draws() -> list[float]:
+    return [random.random(), float(numpy.random.rand()), float(torch.rand(()))]
+
+
+def train_and_save(directory, out, layout, options, steps=2):
+    """(weights, optimizer states) at the save, then weights and random draws two steps later."""
+    training = start(directory, layout, **options)
+    for _ in range(steps):
+        training.step()
+    save_state(
+        out, steps, training.chunks, training.architecture, training.mesh,
+        optimizer=training.optimizer, extra={"position": [3, 4]},
+    )  # fmt: skip
+    saved = training.weights(), training.states()
+    numbers = draws()
+    training.step()
+    training.step()
+    return *saved, training.weights(), training.states(), numbers
+
+
+def resume(directory, out, layout, options):
+    training = start(directory, layout, **options)
+    restored = load_state(
+        out, training.chunks, training.architecture, training.mesh, optimizer=training.optimizer, seed=7
+    )
+    loaded = training.weights(), training.states()
+    numbers = draws()
+    training.step()
+    training.step()
+    return *loaded, training.weights(), training.states(), numbers, restored

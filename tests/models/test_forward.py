@@ -35,10 +35,9 @@ def train_microbatches(
     chunks = build_model(architecture, mesh, dtype, recompute)
     load_weights(chunks, architecture, directory, mesh)
     config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=dtype == torch.bfloat16)
     wrapped = [
-        DistributedDataParallel(
-            config, DistributedDataParallelConfig(), chunk, pg_collection=mesh.collection, disable_bucketing=index > 0
-        )
+        DistributedDataParallel(config, ddp_config, chunk, pg_collection=mesh.collection, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
@@ -119,6 +118,20 @@ LAYOUTS = {
 def test_hidden_states_and_gradients_equal_one_rank_in_float64(directory, world_size, layout):
     results = run_on_ranks(world_size, train_microbatches, directory, layout, torch.float32)
     assert_equals_reference(results, directory, layout)
+
+
+def test_bfloat16_keeps_the_hidden_states_and_the_global_gradient_norm(directory):
+    hidden, _, gradients = reference(directory)
+    layout = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
+    results = run_on_ranks(4, train_microbatches, directory, layout, torch.bfloat16)
+    found = {response: row for seen, _, _ in results for response, row in seen.items()}
+    assert all(row.dtype == torch.bfloat16 for row in found.values())
+    errors = torch.cat([(found[key].double() - hidden[key]).abs() for key in hidden])
+    assert errors.mean() <= 0.02 and errors.max() <= 0.2  # final norms have entries of about 1
+    ours, exact = (
+        torch.cat([g.double().flatten() for g in all_.values()]).norm() for all_ in (results[0][2], gradients)
+    )
+    assert ours.item() == pytest.approx(exact.item(), rel=0.03)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
