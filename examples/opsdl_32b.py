@@ -11,11 +11,7 @@ On any machine without a GPU, the same recipe and layout at small widths, to see
     torchrun --nproc-per-node 8 examples/opsdl_32b.py --rehearse
 """
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from opsd_megatron.config import (
     BatchConfig,
@@ -30,7 +26,7 @@ from opsd_megatron.config import (
     RolloutConfig,
     RunConfig,
 )
-from opsd_megatron.launch.command import run_or_explain
+from opsd_megatron.launch.command import choose, exit_with, parse_fields, start, take_flag
 
 CONTEXT_TOKENS = 131_072
 RESPONSE_TOKENS = 1_024
@@ -44,14 +40,14 @@ LAYOUTS = {
 
 
 def recipe(
-    model: Literal["qwen3-32b", "qwen2.5-32b"] = "qwen3-32b",
-    layout: Literal["one-node", "four-nodes"] = "one-node",
+    model: str = "qwen3-32b",
+    layout: str = "one-node",
 ) -> RunConfig:
     """The paper's setting: live teacher, 16k to 30k extracts out of 128k contexts, 1024 response tokens, T = 1.
 
     The paper names neither learning rate nor batch; ours are the defaults of its neighbours (docs/methods.md).
-    Both models are native at 32k (Qwen3 at 40k positions) and need YaRN with factor 4 for 128k; it scales the
-    teacher's short prompts too, so both passes and the server must run with it.
+    Both models are native at 32k and need YaRN with factor 4 for 128k; it scales the teacher's short prompts too, so
+    both passes and the server must run with it.
     """
     return RunConfig(
         model=ModelConfig(
@@ -59,6 +55,7 @@ def recipe(
             dtype="bfloat16",
             recompute="full",
             yarn_factor=4.0,
+            yarn_original_positions=32_768,
         ),
         parallel=LAYOUTS[layout],
         data=DataConfig(
@@ -87,11 +84,52 @@ def recipe(
     )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Where to start from; every field of the chosen recipe is a flag."""
+SHAPES = {  # config.json of the two models, as far as it decides on memory and on the rehearsal's layers
+    "qwen3-32b": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-32b": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
+}
 
-    model: Literal["qwen3-32b", "qwen2.5-32b"] = "qwen3-32b"
-    """Whose architecture and YaRN setting."""
-    layout: Literal["one-node", "four-nodes"] = "one-node"
-    """tp4 x cp2 with the optimizer in host memory, or tp4 x pp2 x cp4."""
+
+def main() -> None:
+    model = choose("--recipe", list(SHAPES), "qwen3-32b")
+    layout = choose("--layout", list(LAYOUTS), "one-node")
+    is_rehearsal = take_flag("--rehearse")
+    notes = [
+        f"--recipe {{{', '.join(SHAPES)}}} picks the model, --layout {{{', '.join(LAYOUTS)}}} the parallel layout.",
+        "--rehearse walks through recipe and layout on CPU ranks with a tiny random model.",
+        "",
+        "The inference server runs elsewhere: on other GPUs of the node, or on another node. Start it first, with the",
+        "same model and the token in OPSD_SERVER_TOKEN on both sides:",
+        "  python -m opsd_megatron.server --model /models/Qwen3-32B --dtype bfloat16 --port 8000",
+    ]
+    config = parse_fields(recipe(model, layout), notes)
+    exit_with(lambda: start(config, SHAPES[model], is_rehearsal))
+
+
+if __name__ == "__main__":
+    main()

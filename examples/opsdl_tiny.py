@@ -44,7 +44,7 @@ RECIPES = {
     "sampled": replace(
         BASE, teacher=LiveTeacher(), objective=Distill(estimator="sampled"), optimizer=replace(BASE.optimizer, lr=3e-4)
     ),
-    "self-sft": replace(BASE, objective=SelfSft()),
+    "self-sft": replace(BASE, objective=SelfSft(), teacher=FrozenTeacher()),
 }
 
 if __name__ == "__main__":

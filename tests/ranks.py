@@ -6,10 +6,10 @@ in rank order. A function that raises on any rank fails the test with that rank'
 
 import atexit
 import os
-import socket
 import traceback
 from typing import Any
 
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_S = float(os.environ.get("OPSD_TEST_RANK_TIMEOUT_S", "300"))
@@ -22,23 +22,18 @@ def run_on_ranks(world_size: int, function, *arguments) -> list[Any]:
     return _pools[world_size].run(function, *arguments)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class RankPool:
     """`world_size` processes joined by one gloo process group, waiting for functions to run."""
 
     def __init__(self, world_size: int):
         context = multiprocessing.get_context("spawn")
-        port = free_port()
+        # the parent holds the store: a port that was only looked up could be taken by somebody else meanwhile
+        self.store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
         self.world_size = world_size
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -93,10 +88,10 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
         OMP_NUM_THREADS="1",
     )
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    store = dist.TCPStore("127.0.0.1", port, None, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         try:
             function, arguments = pipe.recv()

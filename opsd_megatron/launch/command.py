@@ -3,13 +3,18 @@
 import argparse
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from opsd_megatron.config import RunConfig
-from opsd_megatron.errors import UserError
+from opsd_megatron.errors import ConfigError, UserError
+
+OTHERS_WAIT_S = 8.0
 
 
 def run_recipe(recipes: Mapping[str, RunConfig], default: str) -> None:
@@ -35,13 +40,65 @@ def parse_fields(config: RunConfig, notes: list[str]) -> RunConfig:
 
 
 def exit_with(action: Callable[[], object]) -> None:
-    """Runs it; a UserError becomes one message from the first rank and exit code 2."""
+    """Runs it; a UserError becomes one message and exit code 2.
+
+    Most errors are raised on every rank. Rank 0 speaks first; the others wait, and are ended by torchrun before they
+    repeat it, but a rank that is alone with its error is heard.
+    """
+    quiet_known_warnings()
     try:
         action()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(OTHERS_WAIT_S)
+        print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def quiet_known_warnings() -> None:
+    """Optional packages that are absent, and torch names that Megatron has yet to follow, are nobody's news here."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+
+
+def take_flag(flag: str) -> bool:
+    """Whether the flag was given; it is taken out of sys.argv."""
+    given = flag in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != flag]
+    return given
+
+
+def start(config: RunConfig, hf_config: Mapping[str, Any], is_rehearsal: bool) -> None:
+    """Rehearses, or trains once the machine is known to be able to hold the model of `hf_config`."""
+    if is_rehearsal:
+        from opsd_megatron.launch.rehearse import rehearse
+
+        rehearse(config, hf_config, Path("runs/rehearsal"))
+        return
+    require_devices(config, hf_config)
+    _train(config)
+
+
+def require_devices(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """ConfigError that says what is missing, by arithmetic, before anything is loaded."""
+    import torch
+
+    from opsd_megatron.launch.fit_check import GIB, plan_memory
+    from opsd_megatron.models.architecture import architecture_of
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dp = config.parallel.data_parallel_size(world_size)
+    plan = plan_memory(config, architecture_of(hf_config), dp)
+    needs = f"this recipe needs {world_size} CUDA devices with {plan}"
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{needs}; this machine has none. Add --rehearse to walk through it on CPU ranks")
+    held = torch.cuda.get_device_properties(0).total_memory
+    if plan.total > held:
+        raise ConfigError(
+            f"{needs}; these have {held / GIB:.0f} GiB. Set --optimizer.cpu-offload, or take two nodes or more "
+            "(--layout four-nodes)"
+        )
 
 
 def _train(config: RunConfig) -> None:

@@ -1,24 +1,29 @@
 """The program in one function. Read this file first."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from opsd_megatron.config import RunConfig
+from opsd_megatron.parallel.mesh import Mesh
 from opsd_megatron.train.layout import lay_out
 from opsd_megatron.train.optimizer import apply_gradients, learning_rate
 from opsd_megatron.train.run import Run
 from opsd_megatron.train.step import score_responses, student_pass
 
 
-def fit(config: RunConfig) -> int:
+def fit(config: RunConfig, watch: Callable[[Mesh], AbstractContextManager] = nullcontext) -> int:
     """Trains to `config.steps` and returns the step reached; goes on from the newest complete checkpoint.
 
-    Every rank calls it. Ends early, with a checkpoint, on SIGTERM or ctrl-C.
+    Every rank calls it. Ends early, with a checkpoint, on SIGTERM or ctrl-C. `watch(mesh)` is entered around the steps.
     """
-    with Run(config) as run:
+    with Run(config) as run, watch(run.mesh):
         mesh, objective, teacher = run.mesh, run.objective, run.teacher
-        run.publish()  # the server may have restarted, or be serving another checkpoint
         while run.step < config.steps and not run.stop_requested():
             clock = Clock()
+            run.publish()  # the weights that answer
+            clock.lap("time/publish_s")
+
             rollouts = run.sample()  # the student answers under its own (long) prompt
             clock.lap("time/rollout_s")
 
@@ -37,12 +42,9 @@ def fit(config: RunConfig) -> int:
             clock.lap("time/optimizer_s")
 
             run.step += 1
-            if run.on_policy:
-                run.publish()
-            clock.lap("time/publish_s")
-
             values |= {"optimizer/grad_norm": norm, "optimizer/lr": rate, "optimizer/skipped": float(not moved)}
             run.finish_step(values | clock.laps)
+        run.publish_student()
         return run.step
 
 

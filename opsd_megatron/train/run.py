@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
 from opsd_megatron.checkpoint.model_weights import load_weights, save_hf
 from opsd_megatron.checkpoint.training_state import load_state, save_state
-from opsd_megatron.config import Distill, RunConfig
+from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
 from opsd_megatron.data.pairs import build_pair
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.stream import RecordStream
@@ -39,7 +40,9 @@ class Run:
     def __init__(self, config: RunConfig):
         self.config = config
         self.mesh = build_mesh(config.parallel, config.seed)
-        self.architecture = read_architecture(config.model.path, config.model.yarn_factor)
+        self.architecture = read_architecture(
+            config.model.path, config.model.yarn_factor, config.model.yarn_original_positions
+        )
         self.tokenizer = load_tokenizer(config.model.path)
         self._check_vocabulary()
         self.records = read_records(config.data.path)
@@ -55,6 +58,7 @@ class Run:
         self.on_policy = isinstance(config.objective, Distill)
         self.step = self._resume()
         self.sampling = Sampling(config, self.tokenizer, self.mesh)
+        self._served: str | None = None  # the server may have restarted, or be serving another checkpoint
 
     def __enter__(self) -> "Run":
         self._stop = StopSignal()
@@ -91,25 +95,39 @@ class Run:
         position = self.stream.state_dict()
         try:
             pairs = self.next_pairs()
-            rollouts = self.sampling.sample(pairs, self.step, self.version)
-            while rollouts is None:
+            while (rollouts := self.sampling.sample(pairs, self.step, self.rollout_version)) is None:
+                self._served = None
                 self.publish()
-                rollouts = self.sampling.sample(pairs, self.step, self.version)
         except UserError:
             self.stream.load_state_dict(position)  # the step was not taken: a resumed run takes it again
             raise
         return rollouts
 
     @property
-    def version(self) -> str:
-        """What the server must serve: off-policy runs keep it at the weights it was first given."""
-        return version_name(self.step if self.on_policy else 0)
+    def rollout_version(self) -> str:
+        """Whose responses this step learns from: the student's of this very step, or the teacher's."""
+        if self.on_policy:
+            return version_name(self.step)
+        return "teacher" if isinstance(self.config.teacher, FrozenTeacher) else f"teacher-{self.step}"
 
     def publish(self) -> None:
-        """The current weights, to the inference server; again from the start where it restarted in between."""
+        """The weights that this step's rollouts come from, to the inference server, unless it has them already."""
+        if self._served == self.rollout_version:
+            return
+        with nullcontext() if self.on_policy else self.teacher.active():
+            self._send(self.rollout_version)
+
+    def publish_student(self) -> None:
+        """The weights that the run ends with, so that the server can be asked about them."""
+        if self._served != version_name(self.step):
+            self._send(version_name(self.step))
+
+    def _send(self, version: str) -> None:
+        """Again from the start where the server restarted in between."""
         for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
             try:
-                publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, self.version)
+                publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, version)
+                self._served = version
                 return
             except UpdateLost:
                 if not attempts_left:

@@ -1,0 +1,71 @@
+"""Training runs as users start them: torchrun in its own processes, against a real inference server."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsd_megatron.launch.tiny_world import write_tiny_world
+from opsd_megatron.rollout.process import ServerProcess
+
+TOKEN = "a-token-for-tests"
+SHAPE = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 384,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+SCRIPT = Path(__file__).parent / "train_script.py"
+
+
+@dataclass
+class World:
+    """A tiny model, its records and a server for it."""
+
+    directory: Path
+    server: ServerProcess
+
+    def command(self, run: str, ranks: int, *flags: str) -> list[str]:
+        launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(ranks), str(SCRIPT)]
+        paths = ["--model.path", str(self.directory / "model"), "--data.path", str(self.directory / "records.jsonl")]
+        paths += ["--rollout.url", self.server.url, "--checkpoint.directory", str(self.directory / run)]
+        return [*launcher, *paths, *flags]
+
+    def start(self, run: str, ranks: int, *flags: str, token: str = TOKEN) -> subprocess.Popen:
+        environment = os.environ | {"OPSD_SERVER_TOKEN": token, "OMP_NUM_THREADS": "1"}
+        log = open(self.directory / f"{run}.log", "ab")  # noqa: SIM115
+        return subprocess.Popen(
+            self.command(run, ranks, *flags), env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory
+        )
+
+    def finish(self, run: str, ranks: int, *flags: str, token: str = TOKEN, timeout_s: float = 240) -> int:
+        """Exit code of the whole job."""
+        return self.start(run, ranks, *flags, token=token).wait(timeout_s)
+
+    def log(self, run: str) -> str:
+        return (self.directory / f"{run}.log").read_text(errors="replace")
+
+    def losses(self, run: str) -> dict[int, float]:
+        """Loss by step."""
+        path = self.directory / run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return {row["step"]: row["loss/per_token"] for row in rows}
+
+
+def make_world(directory: Path) -> World:
+    """Started, with the exact engine: equal seeds and weights give equal rollouts."""
+    write_tiny_world(directory, SHAPE, records=24, student_tokens=200)
+    server = ServerProcess(directory / "model", TOKEN, directory / "server.log", engine="exact", threads=1)
+    server.start()
+    return World(directory, server)

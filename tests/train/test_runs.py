@@ -1,0 +1,129 @@
+"""Whole runs in their own processes: resumed, killed, interrupted, left without a server, misconfigured."""
+
+import signal
+import time
+
+import pytest
+
+from opsd_megatron.rollout.process import ServerProcess
+from tests.train.runs import TOKEN, make_world
+
+CP2 = ("--parallel.cp", "2")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = make_world(tmp_path_factory.mktemp("world"))
+    yield world
+    world.server.stop()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world) -> dict[int, float]:
+    assert world.finish("whole", 2, *CP2) == 0, world.log("whole")
+    losses = world.losses("whole")
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    return losses
+
+
+def wait_for_step(world, run: str, step: int, process, timeout_s: float = 180.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while step not in world.losses(run):
+        assert process.poll() is None, world.log(run)
+        assert time.monotonic() < deadline, world.log(run)
+        time.sleep(0.05)
+
+
+def kill_job(process) -> None:
+    """SIGKILL to torchrun and to its ranks, as a node that loses power."""
+    import psutil
+
+    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in victims:
+        victim.kill()
+    psutil.wait_procs(victims, timeout=10)
+    process.wait()
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_losses_bit_for_bit(world, uninterrupted):
+    process = world.start("killed", 2, *CP2)
+    wait_for_step(world, "killed", 3, process)
+    kill_job(process)
+    assert world.finish("killed", 2, *CP2) == 0, world.log("killed")
+    assert world.losses("killed") == uninterrupted
+
+
+def test_a_run_goes_on_under_another_layout(world, uninterrupted):
+    assert world.finish("moved", 2, *CP2, "--steps", "2", "--checkpoint.every-steps", "0") == 0, world.log("moved")
+    assert world.finish("moved", 4, "--parallel.tp", "2", "--parallel.pp", "2") == 0, world.log("moved")
+    losses = world.losses("moved")
+    assert abs(losses[3] - uninterrupted[3]) <= 1e-6
+    assert all(abs(losses[step] - uninterrupted[step]) <= 1e-4 for step in (4, 5, 6))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_no_process(world, uninterrupted, number):
+    run = f"signal-{number}"
+    process = world.start(run, 2, *CP2, "--checkpoint.every-steps", "0")
+    wait_for_step(world, run, 1, process)
+    process.send_signal(number)
+    process.wait(60)
+    reached = max(world.losses(run))
+    assert (world.directory / run / f"step_{reached:06d}" / "state.json").is_file(), world.log(run)
+    assert world.finish(run, 2, *CP2) == 0
+    assert world.losses(run) == uninterrupted
+
+
+def test_a_server_killed_during_the_run_is_waited_for_and_gets_the_weights_again(world, uninterrupted, tmp_path):
+    server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
+    server.start()
+    process = world.start("fault", 2, *CP2, "--rollout.url", server.url)
+    try:
+        wait_for_step(world, "fault", 2, process)
+        server.kill()
+        server.start()
+        assert process.wait(180) == 0, world.log("fault")
+    finally:
+        process.kill()
+        server.stop()
+    assert world.losses("fault") == uninterrupted
+
+
+def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(world, uninterrupted, tmp_path):
+    server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
+    server.start()
+    flags = (*CP2, "--rollout.url", server.url, "--rollout.retry-s", "2", "--checkpoint.every-steps", "0")
+    process = world.start("gone", 2, *flags)
+    wait_for_step(world, "gone", 2, process)
+    server.stop()
+    assert process.wait(120) != 0
+    assert "is the server running" in world.log("gone")
+    assert world.finish("gone", 2, *CP2) == 0, world.log("gone")
+    assert world.losses("gone") == uninterrupted
+
+
+BAD_INPUT = {  # flags -> what the message must say
+    "wrong world size": (("--parallel.tp", "4"), "world size 2 is not a multiple of tp*pp*cp"),
+    "tp does not divide heads": (("--parallel.tp", "2", "--parallel.pp", "1"), None),
+    "unknown flag": (("--parallel.tpp", "2"), "tpp"),
+    "prompts not divisible": (("--batch.prompts-per-step", "3"), "batch.prompts_per_step=3 is not a multiple of dp=2"),
+    "no such data": (("--data.path", "nowhere.jsonl"), "nowhere.jsonl"),
+    "no such model": (("--model.path", "nowhere"), "nowhere"),
+    "server down at start": (("--rollout.url", "http://127.0.0.1:9", "--rollout.retry-s", "1"), "127.0.0.1:9"),
+    "evidence over the budget": (("--data.teacher-tokens", "8"), "teacher"),
+}
+
+
+@pytest.mark.parametrize("case", [case for case, (_, words) in BAD_INPUT.items() if words])
+def test_bad_input_ends_with_a_clear_error_and_writes_nothing(world, case):
+    flags, words = BAD_INPUT[case]
+    run = "bad-" + case.replace(" ", "-")
+    assert world.finish(run, 2, *flags) != 0
+    log = world.log(run)
+    assert words in log and "Traceback (most recent call last)" not in log.split("torch/distributed")[0], log
+    assert not list((world.directory / run).glob("step_*"))
+
+
+def test_a_wrong_token_is_refused(world):
+    assert world.finish("token", 2, *CP2, token="wrong") != 0
+    assert "OPSD_SERVER_TOKEN" in world.log("token")
