@@ -41,7 +41,7 @@ class EmbeddedBackend:
     def __init__(
         self, url: str, token: str, *, timeout_s: float = 120.0, retry_s: float = 120.0, max_concurrent: int = 64
     ):
-        """`timeout_s`: one HTTP request, all told; `max_concurrent`: requests that `generate` has open at once."""
+        """`timeout_s`: longest wait for a reply; `max_concurrent`: requests that `generate` has open at once."""
         self.url, self.retry_s = url.rstrip("/"), retry_s
         self._max_concurrent = max_concurrent
         self._bucket = 0

@@ -16,6 +16,8 @@ def main() -> int:
     options = tyro.cli(ServerOptions, prog="python -m opsd_megatron.server")
     try:
         token = _token(options.token_variable)
+        if not (options.model / "config.json").is_file():
+            raise ConfigError(f"--model {options.model}: no config.json there; give a Hugging Face model directory")
         with _listen(options.host, options.port) as listener:
             from opsd_megatron.server.process import serve  # takes seconds: torch and transformers
 
@@ -33,11 +35,15 @@ def _token(variable: str) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, before anything slow: nothing is accepted until the server is ready."""
+    """A listening socket, before anything slow. Early connections wait in its queue until the server is ready.
+
+    SO_REUSEADDR lets a restarted server have its port back at once; then only listening makes the port exclusive.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)
     except OSError as error:
         reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
         raise ConfigError(

@@ -45,7 +45,9 @@ class FastEngine:
                 f"--engine fast: this model attends within windows of {config.sliding_window} tokens, which it "
                 "does not know; use --engine exact"
             )
-        if model.device.type != "cuda" or not is_flash_attn_2_available():
+        if model.device.type == "cuda" and model.dtype == torch.bfloat16 and is_flash_attn_2_available():
+            model.set_attn_implementation("flash_attention_2")
+        else:
             varlen_attention.register()
             model.config._attn_implementation = varlen_attention.NAME
         settings = ContinuousBatchingConfig(

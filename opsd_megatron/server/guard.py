@@ -33,7 +33,7 @@ class Guard:
         limit = self.bucket_bytes if scope["path"].startswith("/weights/") else self.body_bytes
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:
-            await _discard(receive, limit)
+            await _discard(receive, 2 * limit)
             await _reply(send, 413, error_body(413, too_large(declared.decode("latin-1"), limit)))
             return
         await self.app(scope, _counted(receive, limit), send)
@@ -52,6 +52,8 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > limit:
+            if message.get("more_body"):
+                await _discard(receive, 2 * limit)
             raise HTTPException(413, too_large(f"over {limit}", limit))
         return message
 

@@ -31,8 +31,8 @@ class ServerOptions:
     """Longest prompt with response, in tokens; the model's own limit if left out."""
     weights_root: Path | None = None
     """Directory below which POST /update_weights may read; left out, updates from disk are refused."""
-    max_bucket_mb: int = 1024
-    """Largest body of PUT /weights/..., in MiB."""
+    max_bucket_mb: int = 4096
+    """Largest body of PUT /weights/..., in MiB; the largest tensor must fit (3.0 GiB for a 32B head in float32)."""
     max_body_mb: int = 32
     """Largest body of any other request, in MiB."""
     weight_version: str = "default"

@@ -55,13 +55,13 @@ def serve(options: ServerOptions, token: str, listener: socket.socket) -> int:
 
 
 def load_model(options: ServerOptions) -> PreTrainedModel:
-    if not (options.model / "config.json").is_file():
-        raise ConfigError(f"--model {options.model}: no config.json there; give a Hugging Face model directory")
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has none; use --device cpu")
     dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
     torch.nn.Module.to(model, torch.device(device)).requires_grad_(False)
     return model.eval()
 

@@ -17,10 +17,10 @@ class Text:
         if (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists():
             self._load_hugging_face(directory)
         else:
-            self._load_sentencepiece(next(iter(sorted(directory.glob("*.model")))))
+            self._load_sentencepiece(directory / "tokenizer.model")
 
     def _load_hugging_face(self, directory: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         self.pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
         self.special = {name: getattr(tokenizer, name) for name in self.special}
         self.chat_template = tokenizer.chat_template
@@ -54,5 +54,5 @@ class Text:
 
 def find_text(directory: Path) -> Text | None:
     """The tokenizer in `directory`, or None where there is none."""
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return Text(directory) if any((directory / n).exists() for n in names) or [*directory.glob("*.model")] else None
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return Text(directory) if any((directory / name).is_file() for name in names) else None

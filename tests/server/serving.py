@@ -1,7 +1,11 @@
 """Real servers for tests: each a process of its own, started once per session, over tiny random models."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -17,10 +21,26 @@ OLD, NEW = "old", "new"
 """Directories below the served root: the weights at start, and others of the same model."""
 
 
-def write_models(root: Path) -> Path:
+@cache
+def shared_root() -> Path:
+    """The served root; gone when the tests end."""
+    root = Path(tempfile.mkdtemp(prefix="opsd-served-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_tiny_model(root / OLD, "qwen3", seed=0, max_position_embeddings=1024)
     write_tiny_model(root / NEW, "qwen3", seed=1, max_position_embeddings=1024)
     return root
+
+
+@cache
+def shared_servers() -> dict[str, ServerProcess]:
+    """One server per engine for all tests, started together at first use, stopped when the tests end."""
+    servers = {engine: server_for(shared_root(), OLD, engine, shared_root()) for engine in ("fast", "exact")}
+    for server in servers.values():
+        server.launch()
+        atexit.register(server.stop)
+    for server in servers.values():
+        server.wait_until_ready()
+    return servers
 
 
 def server_for(root: Path, name: str, engine: str, log_directory: Path, *arguments: str) -> ServerProcess:

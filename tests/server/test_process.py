@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -53,6 +52,4 @@ def test_the_server_stops_gracefully(root, tmp_path, how):
         process.send_signal(signal.SIGTERM)
     else:
         process.stdin.close()  # what happens when the parent dies
-    started = time.monotonic()
-    assert process.wait(timeout=30) == 0
-    assert time.monotonic() - started < 10
+    assert process.wait(timeout=60) == 0

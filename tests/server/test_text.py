@@ -1,9 +1,10 @@
-import hashlib
-
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.server.text import Text, find_text
 
 
@@ -13,7 +14,7 @@ def directory(tmp_path_factory):
     lines = [f"the {colour} key of room {number} is here" for number in range(60) for colour in ("red", "blue", "old")]
     (path / "corpus.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(path / "corpus.txt"), model_prefix=str(path / "tokenizer"), vocab_size=80, minloglevel=2
+        input=str(path / "corpus.txt"), model_prefix=str(path / "tokenizer"), vocab_size=36, minloglevel=2
     )
     return path
 
@@ -26,34 +27,26 @@ def test_sentencepiece_text_survives_encoding_and_decoding(directory):
     assert text.decode([1, *ids, 2], True) == "the red key is here"
 
 
-def test_the_fingerprint_is_that_of_the_ids_and_pieces(directory):
-    text = Text(directory)
-    lines = "".join(f"{number}\t{piece}\n" for number, piece in sorted(text.pieces.items()))
-    info = text.info()
-    assert info["fingerprint"] == hashlib.sha256(lines.encode()).hexdigest()
-    assert (info["vocab_size"], info["eos_token"]) == (80, "</s>")
+def test_trainer_and_server_agree_on_the_fingerprint(directory, tmp_path):
+    info = Text(directory).info()
+    assert info["fingerprint"] == load_tokenizer(directory).fingerprint
+    assert (info["vocab_size"], info["eos_token"]) == (36, "</s>")
+    write_words(tmp_path, {piece: number for number, piece in Text(directory).pieces.items()})
+    assert Text(tmp_path).info()["fingerprint"] == info["fingerprint"] == load_tokenizer(tmp_path).fingerprint
 
 
-def test_a_hugging_face_tokenizer_of_the_same_pieces_has_the_same_fingerprint(directory, tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    text = Text(directory)
-    vocabulary = {piece: number for number, piece in text.pieces.items()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")), unk_token="<unk>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(tmp_path)
-    info = Text(tmp_path).info()
-    assert (info["fingerprint"], info["vocab_size"]) == (text.info()["fingerprint"], 80)
-    changed = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(
-            WordLevel({"swapped": 0, **{p: n for p, n in vocabulary.items() if n}}, unk_token="")
-        )
-    )
-    changed.save_pretrained(tmp_path / "changed")
-    assert Text(tmp_path / "changed").info()["fingerprint"] != info["fingerprint"]
+def test_two_swapped_pieces_change_the_fingerprint(directory, tmp_path):
+    pieces = dict(Text(directory).pieces)
+    pieces[10], pieces[11] = pieces[11], pieces[10]
+    write_words(tmp_path, {piece: number for number, piece in pieces.items()})
+    assert Text(tmp_path).info()["fingerprint"] != Text(directory).info()["fingerprint"]
 
 
 def test_a_directory_without_tokenizer_has_no_text(tmp_path):
     assert find_text(tmp_path) is None
+
+
+def write_words(path, vocabulary: dict[str, int]) -> None:
+    """A Hugging Face tokenizer of that vocabulary."""
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
