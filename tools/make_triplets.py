@@ -203,13 +203,17 @@ def make_triplets(
                     if len(waiting) == arguments.concurrent:
                         finish_batch(waiting, arguments, tokenizer, backend, ledger)
                         waiting = []
-                dropped = ledger.counts.total() - ledger.counts["kept"]
-                progress.update(task, advance=1, description=f"{ledger.counts['kept']} kept, {dropped} dropped")
+                progress.update(task, advance=1, description=describe(ledger.counts))
             if waiting:
                 finish_batch(waiting, arguments, tokenizer, backend, ledger)
+            progress.update(task, description=describe(ledger.counts))
     finally:
         ledger.close()
     return ledger.counts
+
+
+def describe(counts: Counter[str]) -> str:
+    return f"{counts['kept']} kept, {counts.total() - counts['kept']} dropped"
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ class _Forest:
         return grow_tree([self.sequences[member].tolist() for member in members], self.min_shared_tokens)
 
     def size(self, members: Sequence[int]) -> int:
-        """Tokens of the tree. A start that all members share is counted, not grown: contexts are long, branches short."""
+        """Tokens of the tree. What all members start with is counted, not grown: contexts are long, branches short."""
         sequences = [self.sequences[member] for member in members]
         common = min(_common_prefix(sequences[0], other) for other in sequences)
         skipped = max(0, common - max(1, self.min_shared_tokens))  # what is left still joins at the root

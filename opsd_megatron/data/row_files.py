@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ GZIP_IN_MEMORY_BYTES = 256 << 20
 CACHED_ROW_GROUPS = 4
 
 
+@runtime_checkable
 class RowFile(Protocol):
     """Rows by number, each with a name for messages."""
 

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from opsd_megatron.errors import DataError
 from opsd_megatron.types import vocabulary_fingerprint
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the program needs of a tokenizer."""
 

@@ -164,5 +164,8 @@ class SentenceCut:
 
 def cut_at_sentence(document: Document, room_tokens: int, count_tokens: CountTokens) -> SentenceCut | None:
     """The longest start of the document that ends at a piece and fits; None if no piece does."""
+    whole = count_tokens(document)
+    if whole <= room_tokens:
+        return SentenceCut(document, whole)
     shorter = _cut_part(Part(document, 0, 0), False, room_tokens, count_tokens)
     return None if shorter is None else SentenceCut(shorter, count_tokens(shorter))

@@ -76,7 +76,7 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
-        create_gloo_process_groups=devices.backend() != "gloo",
+        create_gloo_process_groups=False,  # a second set for CPU tensors, which nothing here sends
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()

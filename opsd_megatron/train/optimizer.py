@@ -1,6 +1,7 @@
 """Megatron's DDP and optimizer around the model chunks, the learning-rate schedule, and a step that refuses NaN."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def make_trainable(
         use_distributed_optimizer=config.distributed,
         overlap_grad_reduce=False,
     )
-    wrapped = [
+    wrapped: list[Any] = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=ddp_config,
@@ -80,5 +81,5 @@ def apply_gradients(optimizer: MegatronOptimizer, rate: float) -> tuple[float, b
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm, False
-    moved, _, _ = optimizer.step()
-    return norm, bool(moved)
+    outcome = optimizer.step()
+    return norm, bool(outcome and outcome[0])

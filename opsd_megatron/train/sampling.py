@@ -56,12 +56,11 @@ class Sampling:
     def probe(self, log: LogConfig) -> dict[str, float]:
         """Exact match by context length on the probe's records, asked greedily by rank 0; equal on every rank."""
         values: dict[str, float] = {}
-        if self.backend is not None and self._mesh.world.rank == 0:
+        backend = self.backend
+        if backend is not None and self._mesh.world.rank == 0:
             data = self._config.data
             scores = evaluate_lengths(
-                lambda prompts: greedy(
-                    self.backend, prompts, self._tokenizer, self._config.rollout.max_response_tokens
-                ),
+                lambda prompts: greedy(backend, prompts, self._tokenizer, self._config.rollout.max_response_tokens),
                 self._probe_records,
                 data.template,
                 self._tokenizer,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from opsd_megatron.config import PlainTemplate
 from opsd_megatron.data.inspect import Inspect, run
 from opsd_megatron.data.tokenizer import Tokenizer
 from opsd_megatron.errors import UserError
@@ -42,7 +43,10 @@ def test_both_prompts_are_printed_with_counts_and_the_start_of_the_response(
     assert "Passage number 11" not in text
     teacher = 1 + sum(
         len(plain_tokenizer.encode(piece))
-        for piece in ("Passage number 1 says nothing of use.\n", "Q: What of question 1?\nA:")
+        for piece in (
+            "Passage number 1 says nothing of use.\n",
+            PlainTemplate().question.format(question="What of question 1?"),
+        )
     )
     assert f"teacher prompt: {teacher} of 256 tokens" in text
     assert f"^ the response starts here, at token {teacher}" in text

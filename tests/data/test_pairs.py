@@ -10,7 +10,7 @@ from opsd_megatron.data.schema import Document, Message, Record, Span
 from opsd_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from opsd_megatron.errors import ConfigError, DataError
 
-PLAIN, CHAT = PlainTemplate(), ChatTemplate()
+PLAIN, CHAT = PlainTemplate("{text}\n", "Q: {question}\nA:"), ChatTemplate()
 MANY = 1_000_000
 KINDS = ["plain", "chat"]
 
@@ -132,6 +132,18 @@ def test_trimming_fits_the_budget_and_never_touches_evidence_or_question(kind: s
         assert prompt.token_ids[-tail:] == whole.token_ids[-tail:]
         for evidence in evidence_texts(record):
             assert evidence in text
+
+
+@pytest.mark.parametrize("kind", ["evidence", "span", "text"])
+def test_the_tightest_budget_leaves_the_whole_evidence_and_nothing_else(kind: str, paragraphs: list[str], view_of):
+    template, tokenizer = view_of
+    for seed in range(4):
+        record = make_record(paragraphs, random.Random(seed), kind)
+        in_order = sorted(record.short_documents(), key=record.documents.index if kind == "evidence" else str)
+        least = render(record, in_order, template, tokenizer)
+        assert build_prompt(record, "student", template, tokenizer, len(least)).token_ids == least
+        with pytest.raises(DataError, match=f"set data.student_tokens to {len(least)}"):
+            build_prompt(record, "student", template, tokenizer, len(least) - 1)
 
 
 def test_trimming_fills_the_budget_to_within_a_sentence(paragraphs: list[str], view_of):
