@@ -45,7 +45,7 @@ def recipe(
 ) -> RunConfig:
     """The paper's setting: live teacher, 16k to 30k extracts out of 128k contexts, 1024 response tokens, T = 1.
 
-    The paper names neither learning rate nor batch; ours are the defaults of its neighbours (docs/methods.md).
+    The paper names neither learning rate nor batch size; these are what its neighbours use.
     Both models are native at 32k and need YaRN with factor 4 for 128k; it scales the teacher's short prompts too, so
     both passes and the server must run with it.
     """

@@ -5,11 +5,13 @@
 
 For every recipe and seed: starts the inference server as a process of its own, asks the starting model questions at
 several context lengths, trains with `torchrun --nproc-per-node 2 examples/opsdl_tiny.py` against that server, asks
-again, and writes table, JSONL and picture. Training never sees an answer, only (long context, short context, question).
+again, and writes table, JSONL and picture. The training data hold no answer, only (long context, short context,
+question).
 """
 
 import hashlib
 import json
+import math
 import os
 import random
 import secrets
@@ -20,15 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from opsdl_tiny import RECIPES, TEMPLATE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tiny_task import make_eval_set, make_training_set
 
-from opsd_megatron.config import PlainTemplate
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.tokenizer import load_tokenizer
-from opsd_megatron.errors import DataError
+from opsd_megatron.errors import DataError, UserError
 from opsd_megatron.evaluation.exact_match import LengthScore, append_rows, evaluate_lengths
 from opsd_megatron.evaluation.plot import plot_accuracy
 from opsd_megatron.launch.command import exit_with
@@ -38,6 +40,10 @@ from opsd_megatron.train.sampling import greedy
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny"
 RESPONSE_TOKENS = 6
+QUESTIONS = 4
+"""About every training context: the tree computes the context once for all of them."""
+PROBE_SEED = 1_000_000
+"""Of the questions that are asked now and then during training, to be seen; the loss never sees an answer."""
 console = Console(stderr=True)
 
 
@@ -49,7 +55,7 @@ class Demo:
     """Names of recipes in examples/opsdl_tiny.py."""
     seeds: tuple[int, ...] = (0,)
     """One run per recipe and seed; each has its own data order, sampling and evaluation items."""
-    lengths: tuple[int, ...] = (64, 96, 128, 256, 512)
+    lengths: tuple[int, ...] = (96, 128, 224, 448, 896)
     """Context lengths in tokens at which questions are asked."""
     items: int = 200
     """Questions per length."""
@@ -68,19 +74,20 @@ def main(demo: Demo) -> None:
 
 def check_model() -> None:
     """DataError unless the starting model is the one that tiny_pretrain.py made and this repository recorded."""
-    expected = (MODEL / "SHA256").read_text().split()[0]
-    found = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
-    if found != expected:
-        raise DataError(
-            f"{MODEL}/model.safetensors has SHA-256 {found}, expected {expected}; restore it with git checkout, or "
-            "write the new hash into SHA256 if you trained it again with examples/tiny_pretrain.py"
-        )
+    for line in (MODEL / "SHA256").read_text().splitlines():
+        expected, name = line.split()
+        found = hashlib.sha256((MODEL / name).read_bytes()).hexdigest()
+        if found != expected:
+            raise DataError(
+                f"{MODEL / name} has SHA-256 {found}, expected {expected}; restore it with git checkout, or train the "
+                "model again with examples/tiny_pretrain.py, which writes SHA256 too"
+            )
 
 
 def run_one(demo: Demo, recipe: str, seed: int) -> list[dict]:
     """Result rows, before and after, of one recipe and seed."""
     directory = demo.output / f"{recipe}-{seed}"
-    write_data(demo, directory, seed)
+    write_data(demo, directory, recipe, seed)
     token = secrets.token_urlsafe(32)
     console.rule(f"{recipe}, seed {seed}")
     with start_server(MODEL, token, directory / "server.log", threads=1) as server:
@@ -96,25 +103,29 @@ def run_one(demo: Demo, recipe: str, seed: int) -> list[dict]:
     return rows
 
 
-def write_data(demo: Demo, directory: Path, seed: int) -> None:
-    """train.jsonl without answers, in the order in which it is read; eval.jsonl from other prose and other facts."""
+def write_data(demo: Demo, directory: Path, recipe: str, seed: int) -> None:
+    """train.jsonl without answers, in the order in which it is read; eval and probe from other prose and facts."""
     directory.mkdir(parents=True, exist_ok=True)
-    encode = load_tokenizer(MODEL).encode
+    tokenizer = load_tokenizer(MODEL)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text))
+
     draw = random.Random(seed)
-    lengths = [context_tokens(draw, step / TRAINING_STEPS) for step in range(TRAINING_STEPS) for _ in range(16)]
-    training = make_training_set(encode, seed, lengths)
+    contexts = RECIPES[recipe].batch.prompts_per_step // QUESTIONS
+    steps = RECIPES[recipe].steps
+    lengths = [context_tokens(draw, step / steps) for step in range(steps) for _ in range(contexts)]
+    training = make_training_set(encode, seed, lengths, QUESTIONS)
     asked = [record for length in demo.lengths for record in make_eval_set(encode, seed, length, demo.items)]
-    for name, records in (("train", training), ("eval", asked)):
+    probed = [record for length in demo.lengths for record in make_eval_set(encode, PROBE_SEED, length, 16)]
+    for name, records in (("train", training), ("eval", asked), ("probe", probed)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-TRAINING_STEPS = 300
-
-
 def context_tokens(draw: random.Random, progress: float) -> int:
-    """Contexts grow: from 128 tokens up to 192 at the start, up to 576 from half of the run on."""
-    longest = 192 + min(1.0, 2 * progress) * (576 - 192)
-    return int(draw.uniform(128, longest))
+    """Log-uniform from 64 tokens up to a limit that grows from 320 to 960 over the first half of the run."""
+    longest = 320 + min(1.0, progress / 0.5) * (960 - 320)
+    return int(math.exp(draw.uniform(math.log(64), math.log(longest))))
 
 
 def train(recipe: str, seed: int, directory: Path, url: str, token: str) -> None:
@@ -122,8 +133,10 @@ def train(recipe: str, seed: int, directory: Path, url: str, token: str) -> None
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += [str(HERE / "opsdl_tiny.py"), "--recipe", recipe, "--seed", str(seed), "--rollout.url", url]
     command += ["--data.path", str(directory / "train.jsonl"), "--checkpoint.directory", str(directory / "run")]
+    command += ["--log.probe-path", str(directory / "probe.jsonl")]
     environment = os.environ | {"OPSD_SERVER_TOKEN": token, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True)
+    if code := subprocess.run(command, env=environment).returncode:
+        raise UserError(f"training ended with exit code {code}; what it said is above. It goes on from its checkpoint")
 
 
 def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore]:
@@ -133,7 +146,7 @@ def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore
         return evaluate_lengths(
             lambda prompts: greedy(backend, prompts, tokenizer, RESPONSE_TOKENS),
             track(records, f"asking {when} training", console=console),
-            PlainTemplate(),
+            TEMPLATE,
             tokenizer,
             budget_tokens=2 * max(demo.lengths),
             items_path=directory / f"items-{when}.jsonl",

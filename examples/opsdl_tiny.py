@@ -8,6 +8,8 @@ It needs a running inference server and its token in OPSD_SERVER_TOKEN; `example
 from dataclasses import replace
 from pathlib import Path
 
+from tiny_task import DOCUMENT_TEMPLATE, QUESTION_TEMPLATE
+
 from opsd_megatron.config import (
     BatchConfig,
     CheckpointConfig,
@@ -16,6 +18,7 @@ from opsd_megatron.config import (
     EmaTeacher,
     FrozenTeacher,
     LiveTeacher,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -26,14 +29,16 @@ from opsd_megatron.config import (
 )
 from opsd_megatron.launch.command import run_recipe
 
+TEMPLATE = PlainTemplate(document=DOCUMENT_TEMPLATE, question=QUESTION_TEMPLATE)
 BASE = RunConfig(
     model=ModelConfig(path=Path(__file__).parent / "tiny"),
     parallel=ParallelConfig(cp=2),
-    data=DataConfig(path=Path("runs/demo/train.jsonl"), template=PlainTemplate(), student_tokens=640, shuffle=False),
+    data=DataConfig(path=Path("runs/demo/train.jsonl"), template=TEMPLATE, student_tokens=1024, shuffle=False),
     rollout=RolloutConfig(max_response_tokens=6),
     optimizer=OptimizerConfig(lr=1e-3, warmup_steps=10, schedule="linear", betas=(0.9, 0.95)),
-    batch=BatchConfig(prompts_per_step=16, student_microbatch_tokens=8192, teacher_microbatch_tokens=2048),
+    batch=BatchConfig(prompts_per_step=64, student_microbatch_tokens=8192, teacher_microbatch_tokens=4096),
     checkpoint=CheckpointConfig(directory=Path("runs/demo/run"), every_steps=50),
+    log=LogConfig(probe_every_steps=50, probe_items=16),
     steps=300,
 )
 

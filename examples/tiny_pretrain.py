@@ -2,9 +2,10 @@
 
     python examples/tiny_pretrain.py --output examples/tiny
 
-Three stages. *Copy*: repeated random segments beside small retrieval contexts, until the copy loss has fallen; without
-it recall of several tokens does not emerge in this budget. *Retrieve*: facts in prose at short contexts. *Grade*: a
-small share of longer batches, so that accuracy falls with length gradually and not at a cliff.
+Three stages. *Copy*: repeated random segments beside small retrieval contexts full of facts, until the copy loss has
+fallen; without it recall of several tokens does not emerge in this budget. *Retrieve*: facts in prose. *Sharpen*: the
+same, from a high learning rate down to almost none. No prompt is longer than 128 tokens in any stage; accuracy falls
+with length, gradually, all by itself.
 
 Every context carries several questions. They are branches: each sees the context and itself, and its positions continue
 the context's, exactly as if it stood there alone.
@@ -39,14 +40,11 @@ class Stage:
     """At the start of the stage; falls linearly to `final_lr`."""
     final_lr: float
     tokens: tuple[int, int]
-    """Shortest and longest prompt of a short batch."""
+    """Shortest and longest prompt, without the question's answer."""
     fact_share: tuple[float, float] = FACT_SHARE
     """Share of the context's tokens that facts take; many facts make a strong signal for telling their keys apart."""
     copy_share: float = 0.0
     """Share of batches that copy random segments."""
-    long_share: float = 0.0
-    """Share of batches drawn from `long_tokens`."""
-    long_tokens: tuple[int, int] = (128, 512)
     stop_copy_loss: float | None = None
     """End the stage when the smoothed copy loss (nats per token) has fallen below this."""
 
@@ -58,7 +56,7 @@ class Settings:
     seed: int = 1
     threads: int = 1
     contexts: int = 32
-    """Contexts per short batch; long batches hold fewer, so that every batch has about the same number of tokens."""
+    """Contexts per retrieval batch; a batch of the copy task has twice as many segments."""
     questions: int = 6
     """Questions per context, at most."""
     hidden: int = 96
@@ -156,13 +154,11 @@ def copy_batch(rng: random.Random, rows: int) -> Batch:
     return make_batch([([BOS_ID, *segment], [(segment[:1], segment[1:])]) for segment in segments])
 
 
-def retrieval_batch(
-    task: FactTask, rng: random.Random, stage: Stage, rows: int, tokens: tuple[int, int], questions: int
-) -> Batch:
-    """Contexts of `tokens` length with up to `questions` questions each, as branches."""
+def retrieval_batch(task: FactTask, rng: random.Random, stage: Stage, rows: int, questions: int) -> Batch:
+    """Contexts of the stage's lengths with up to `questions` questions each, as branches."""
     built = []
     for _ in range(rows):
-        budget = rng.randint(*tokens) - 1 - task.question_tokens
+        budget = rng.randint(*stage.tokens) - 1 - task.question_tokens
         passages = task.draw_passages(rng, budget, stage.fact_share)
         facts = [passage.fact for passage in passages if passage.fact]
         context = [BOS_ID, *(token for passage in passages for token in passage.ids)]
@@ -205,15 +201,10 @@ def exact_match(model: Qwen3ForCausalLM, encode: Encode, records: Sequence[Recor
 
 def stage_batches(stage: Stage, settings: Settings, task: FactTask, rng: random.Random) -> Iterator[tuple[str, Batch]]:
     while True:
-        draw = rng.random()
-        if draw < stage.copy_share:
+        if rng.random() < stage.copy_share:
             yield "copy", copy_batch(rng, 2 * settings.contexts)
-        elif draw < stage.copy_share + stage.long_share:
-            longest = rng.randint(*stage.long_tokens)
-            rows = max(2, settings.contexts * stage.tokens[1] // (2 * longest))
-            yield "long", retrieval_batch(task, rng, stage, rows, (longest, longest), 2 * settings.questions)
         else:
-            yield "short", retrieval_batch(task, rng, stage, settings.contexts, stage.tokens, settings.questions)
+            yield "retrieval", retrieval_batch(task, rng, stage, settings.contexts, settings.questions)
 
 
 class Log:
@@ -242,8 +233,8 @@ def run_stage(
     rng = random.Random(settings.seed + STAGES.index(stage))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     steps = max(1, round(stage.max_steps * settings.scale_steps))
-    counts = {"copy": 0, "short": 0, "long": 0}
-    losses = {"copy": math.nan, "short": math.nan, "long": math.nan}
+    counts = {"copy": 0, "retrieval": 0}
+    losses = {"copy": math.nan, "retrieval": math.nan}
     for step, (kind, batch) in enumerate(stage_batches(stage, settings, task, rng), 1):
         lr = stage.lr + (stage.final_lr - stage.lr) * step / steps
         for group in optimizer.param_groups:
@@ -266,10 +257,11 @@ def run_stage(
 
 
 def write_hashes(output: Path) -> None:
-    """`SHA256SUMS`, in the format of `sha256sum --check`."""
-    files = sorted(path for path in output.iterdir() if path.is_file() and path.name != "SHA256SUMS")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (output / "SHA256SUMS").write_text("".join(lines))
+    """`SHA256` in the format of `sha256sum --check`, the weights first."""
+    paths = [path for path in output.iterdir() if path.is_file() and path.name != "SHA256"]
+    paths.sort(key=lambda path: (path.suffix != ".safetensors", path.name))
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
+    (output / "SHA256").write_text("".join(lines))
 
 
 def main(settings: Settings) -> None:
@@ -285,7 +277,7 @@ def main(settings: Settings) -> None:
     model = build_model(settings) if first == 0 else Qwen3ForCausalLM.from_pretrained(settings.output)
     log = Log(settings.output / "training_log.jsonl", "w" if first == 0 else "a")
     log.write(
-        settings=json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
+        settings={name: value for name, value in dataclasses.asdict(settings).items() if name != "output"},
         stages=[dataclasses.asdict(stage) for stage in STAGES[first:]],
         parameters=model.num_parameters(),
         versions={"python": platform.python_version(), "torch": torch.__version__},
@@ -293,7 +285,7 @@ def main(settings: Settings) -> None:
 
     def evaluate(lengths: Sequence[int], items: int = settings.eval_items // 4) -> dict[str, float]:
         sets = {length: make_eval_set(encode, DEV_SEED, length, items) for length in lengths}
-        return {f"em_{length}": round(exact_match(model, encode, items), 3) for length, items in sets.items()}
+        return {f"em_{length}": round(exact_match(model, encode, records), 3) for length, records in sets.items()}
 
     for stage in STAGES[first:]:
         run_stage(stage, settings, model, task, log, evaluate)

@@ -29,7 +29,7 @@ DOCUMENT_TEMPLATE = "{text}\n"
 QUESTION_TEMPLATE = "Q: {question}"
 
 FACT_SHARE = (0.3, 0.5)  # of the context's tokens, drawn per context
-SHORT_CONTEXT_TOKENS = 96  # prompt length, question included, that the short context aims at
+SHORT_CONTEXT_TOKENS = 64  # prompt length, question included, that the short context aims at
 MAX_PASSAGE_WORDS = 12
 MIN_PASSAGE_CHARS = 20
 
@@ -81,9 +81,14 @@ def keys_of_split(split: Split) -> list[str]:
     ]
 
 
-def draw_facts(rng: random.Random, keys: Sequence[str], count: int) -> list[Fact]:
-    """``count`` facts about different keys."""
-    return [Fact(key, " ".join(rng.choices(NUMBERS, k=NUMBERS_PER_VALUE))) for key in rng.sample(keys, count)]
+def draw_facts(rng: random.Random, keys: Sequence[str], count: int, distinct_nouns: bool = False) -> list[Fact]:
+    """``count`` facts about different keys; with ``distinct_nouns`` no two end with the same word, so 48 at most."""
+    if distinct_nouns:
+        keys = list({key.split()[1]: key for key in rng.sample(keys, len(keys))}.values())
+    return [
+        Fact(key, " ".join(rng.choices(NUMBERS, k=NUMBERS_PER_VALUE)))
+        for key in rng.sample(keys, min(count, len(keys)))
+    ]
 
 
 def prose_paragraphs(split: Split) -> list[str]:
@@ -149,7 +154,11 @@ class FactTask:
         return Passage(fact.sentence, tuple(encode_document(self.encode, fact.sentence)), fact)
 
     def draw_passages(
-        self, rng: random.Random, budget_tokens: int, fact_share: tuple[float, float] = FACT_SHARE
+        self,
+        rng: random.Random,
+        budget_tokens: int,
+        fact_share: tuple[float, float] = FACT_SHARE,
+        distinct_nouns: bool = False,
     ) -> list[Passage]:
         """Passages of a context, at most ``budget_tokens`` long and at most a word or two shorter.
 
@@ -158,11 +167,11 @@ class FactTask:
         share = rng.uniform(*fact_share)
         fact_tokens = len(self.fact_passage(Fact(self.keys[0], "10 10 10")).ids)
         count = max(2, int(share * budget_tokens / fact_tokens))
-        facts = [self.fact_passage(fact) for fact in draw_facts(rng, self.keys, count)]
+        facts = [self.fact_passage(fact) for fact in draw_facts(rng, self.keys, count, distinct_nouns)]
         prose = self.draw_prose(rng, budget_tokens - sum(len(fact.ids) for fact in facts))
-        places = set(rng.sample(range(count + len(prose)), count))
+        places = set(rng.sample(range(len(facts) + len(prose)), len(facts)))
         facts_left, prose_left = iter(facts), iter(prose)
-        return [next(facts_left) if i in places else next(prose_left) for i in range(count + len(prose))]
+        return [next(facts_left) if i in places else next(prose_left) for i in range(len(facts) + len(prose))]
 
     def draw_prose(self, rng: random.Random, budget_tokens: int) -> list[Passage]:
         """Consecutive passages from a random place, the last one cut at a word so that the budget is used up."""
@@ -187,10 +196,24 @@ class FactTask:
                 return Passage(text, tuple(ids))
         return None
 
-    def draw_record(self, rng: random.Random, record_id: str, context_tokens: int) -> Record:
-        """A record whose long prompt has at most ``context_tokens`` tokens; only eval records hold the answer."""
-        passages = self.draw_passages(rng, context_tokens - 1 - self.question_tokens)
-        needle = rng.choice([i for i, passage in enumerate(passages) if passage.fact])
+    def draw_records(self, rng: random.Random, record_id: str, context_tokens: int, questions: int) -> list[Record]:
+        """Records of one context of at most ``context_tokens`` tokens, each about another fact while there are any.
+
+        Nouns are distinct: the demo's model tells keys apart by their second word (where another fact shares it, exact
+        match is .5 at 96 tokens and .98 elsewhere), and what the teacher does not know is not what the demo is about.
+        """
+        passages = self.draw_passages(rng, context_tokens - 1 - self.question_tokens, distinct_nouns=True)
+        facts = [i for i, passage in enumerate(passages) if passage.fact]
+        needles = rng.sample(facts, questions) if questions <= len(facts) else rng.choices(facts, k=questions)
+        return [
+            self.make_record(rng, f"{record_id}.{i}", context_tokens, passages, needle)
+            for i, needle in enumerate(needles)
+        ]
+
+    def make_record(
+        self, rng: random.Random, record_id: str, context_tokens: int, passages: Sequence[Passage], needle: int
+    ) -> Record:
+        """The record that asks for the fact in passage ``needle``; only eval records hold the answer."""
         fact = passages[needle].fact
         assert fact is not None
         names = [f"d{i}" for i in range(len(passages))]
@@ -234,13 +257,18 @@ def evidence_window(rng: random.Random, passages: Sequence[Passage], needle: int
             stop += 1
 
 
-def make_training_set(encode: Encode, seed: int, context_tokens: Sequence[int]) -> list[Record]:
-    """One record without an answer per entry of ``context_tokens``, in that order."""
+def make_training_set(encode: Encode, seed: int, context_tokens: Sequence[int], questions: int = 1) -> list[Record]:
+    """``questions`` records without an answer per entry of ``context_tokens``, in that order."""
     task, rng = FactTask(encode, "train"), random.Random(f"train {seed}")
-    return [task.draw_record(rng, f"train-{seed}-{i}", tokens) for i, tokens in enumerate(context_tokens)]
+    return [
+        record
+        for i, tokens in enumerate(context_tokens)
+        for record in task.draw_records(rng, f"train-{seed}-{i}", tokens, questions)
+    ]
 
 
 def make_eval_set(encode: Encode, seed: int, context_tokens: int, count: int) -> list[Record]:
     """``count`` records with answers, of about ``context_tokens`` tokens; prose and keys never occur in training."""
     task, rng = FactTask(encode, "eval"), random.Random(f"eval {seed} {context_tokens}")
-    return [task.draw_record(rng, f"eval-{seed}-{context_tokens}-{i}", context_tokens) for i in range(count)]
+    drawn = (task.draw_records(rng, f"eval-{seed}-{context_tokens}-{i}", context_tokens, 1) for i in range(count))
+    return [record for records in drawn for record in records]

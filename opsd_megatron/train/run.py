@@ -159,8 +159,9 @@ class Run:
         """Counts, shows, records and, when due, probes and saves."""
         log, every = self.config.log, self.config.checkpoint.every_steps
         values = dict(values)
-        if log.probe_every_steps and self.step % log.probe_every_steps == 0:
-            values |= self.sampling.probe(log)
+        if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
+            self.publish_student()
+            values |= self.sampling.probe()
         if self._record is not None and self._progress is not None:
             self._record.write(self.step, values)
             self._progress.show(self.step, values)

@@ -53,7 +53,7 @@ class Sampling:
             return None
         return broadcast_object(rollouts, self._mesh.replica)
 
-    def probe(self, log: LogConfig) -> dict[str, float]:
+    def probe(self) -> dict[str, float]:
         """Exact match by context length on the probe's records, asked greedily by rank 0; equal on every rank."""
         values: dict[str, float] = {}
         backend = self.backend
