@@ -55,7 +55,7 @@ class Demo:
     """Names of recipes in examples/opsdl_tiny.py."""
     seeds: tuple[int, ...] = (0,)
     """One run per recipe and seed; each has its own data order, sampling and evaluation items."""
-    lengths: tuple[int, ...] = (96, 128, 224, 448, 896)
+    lengths: tuple[int, ...] = (96, 128, 208, 256, 416, 512, 832, 1024)
     """Context lengths in tokens at which questions are asked."""
     items: int = 200
     """Questions per length."""
@@ -90,7 +90,8 @@ def run_one(demo: Demo, recipe: str, seed: int) -> list[dict]:
     write_data(demo, directory, recipe, seed)
     token = secrets.token_urlsafe(32)
     console.rule(f"{recipe}, seed {seed}")
-    with start_server(MODEL, token, directory / "server.log", threads=1) as server:
+    server = start_server(MODEL, token, directory / "server.log", threads=2, arguments=("--batch-tokens", "8192"))
+    with server:
         before = evaluate(demo, directory, server, "before")
         train(recipe, seed, directory, server.url, token)
         after = evaluate(demo, directory, server, "after")
@@ -117,7 +118,7 @@ def write_data(demo: Demo, directory: Path, recipe: str, seed: int) -> None:
     lengths = [context_tokens(draw, step / steps) for step in range(steps) for _ in range(contexts)]
     training = make_training_set(encode, seed, lengths, QUESTIONS)
     asked = [record for length in demo.lengths for record in make_eval_set(encode, seed, length, demo.items)]
-    probed = [record for length in demo.lengths for record in make_eval_set(encode, PROBE_SEED, length, 16)]
+    probed = [record for length in (128, 416, 832) for record in make_eval_set(encode, PROBE_SEED, length, 16)]
     for name, records in (("train", training), ("eval", asked), ("probe", probed)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -148,7 +149,7 @@ def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore
             track(records, f"asking {when} training", console=console),
             TEMPLATE,
             tokenizer,
-            budget_tokens=2 * max(demo.lengths),
+            budget_tokens=max(demo.lengths),
             items_path=directory / f"items-{when}.jsonl",
         )
 

@@ -39,7 +39,7 @@ BASE = RunConfig(
     batch=BatchConfig(prompts_per_step=64, student_microbatch_tokens=8192, teacher_microbatch_tokens=4096),
     checkpoint=CheckpointConfig(directory=Path("runs/demo/run"), every_steps=50),
     log=LogConfig(probe_every_steps=50, probe_items=16),
-    steps=300,
+    steps=200,
 )
 
 RECIPES = {

@@ -164,21 +164,17 @@ class _Forest:
         return runs
 
     def place(self, groups: Sequence[Sequence[int]], budget_tokens: int) -> list[list[int]]:
-        """First-fit, largest group first; a bin's size is that of its tree."""
+        """First-fit, largest group first. Groups of other contexts share nothing worth counting: their sizes add up."""
         bins: list[list[int]] = []
         filled: list[int] = []
         sizes = [(self.size(group), group) for group in groups]
         for tokens, group in sorted(sizes, key=lambda item: (-item[0], item[1])):
-            for place, taken in enumerate(filled):
-                # The sum is the tree's size or, but for rare orders of growing, more: the tree has the last word.
-                fits = taken + tokens <= budget_tokens
-                if fits and (together := self.size([*bins[place], *group])) <= budget_tokens:
-                    bins[place].extend(group)
-                    filled[place] = together
-                    break
-            else:
-                bins.append(list(group))
-                filled.append(tokens)
+            place = next((at for at, taken in enumerate(filled) if taken + tokens <= budget_tokens), len(bins))
+            if place == len(bins):
+                bins.append([])
+                filled.append(0)
+            bins[place].extend(group)
+            filled[place] += tokens
         return bins
 
 
