@@ -6,6 +6,7 @@ READY = $(VENV)/.ready
 
 .PHONY: help demo test check bench clean
 .DEFAULT_GOAL := help
+export OMP_NUM_THREADS ?= 1
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -1,7 +1,7 @@
 """The whole program on two CPU cores: a small model teaches itself to use contexts that it could not use before.
 
     python examples/opsdl_demo.py                         # what `make demo` runs
-    python examples/opsdl_demo.py --recipes ema live --seeds 0 1 2
+    python examples/opsdl_demo.py --recipes frozen live --seeds 2 3 4
 
 For every recipe and seed: starts the inference server as a process of its own, asks the starting model questions at
 several context lengths, trains with `torchrun --nproc-per-node 2 examples/opsdl_tiny.py` against that server, asks
@@ -53,8 +53,9 @@ class Demo:
 
     recipes: tuple[str, ...] = ("frozen",)
     """Names of recipes in examples/opsdl_tiny.py."""
-    seeds: tuple[int, ...] = (0,)
-    """One run per recipe and seed; each has its own data order, sampling and evaluation items."""
+    seeds: tuple[int, ...] = (2,)
+    """One run per recipe and seed; each has its own training data and questions. The starting model was chosen on the
+    questions of seed 0 and the task on those of seed 1: published figures begin at 2."""
     lengths: tuple[int, ...] = (96, 128, 208, 256, 416, 512, 832, 1024)
     """Context lengths in tokens at which questions are asked."""
     items: int = 200

@@ -3,6 +3,7 @@
 The only place that calls Megatron's parallel_state. Ranks are ordered tp fastest, then cp, dp, pp.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
     _join_job()
     parallel.data_parallel_size(dist.get_world_size())
     if _current is not None:
-        _take_down(_current)
+        _take_down()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -129,13 +130,11 @@ def _replica_axis(dp: Axis, parallel: ParallelConfig) -> Axis:
     return _axis("replica", mine)
 
 
-def _take_down(mesh: Mesh) -> None:
-    """Closes the groups of a mesh: gloo keeps sockets and threads for each of them."""
-    groups = [value for value in vars(mesh.collection).values() if isinstance(value, dist.ProcessGroup)]
-    if mesh.replica.group is not None:
-        groups.append(mesh.replica.group)
+def _take_down() -> None:
+    """Closes every group but the world's: Megatron makes many more than a mesh shows, and gloo keeps threads for each."""
     parallel_state.destroy_model_parallel()
     dist.barrier()
-    for group in {id(group): group for group in groups}.values():
-        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # models in reference cycles hold groups, and with them their threads
