@@ -131,7 +131,7 @@ def _replica_axis(dp: Axis, parallel: ParallelConfig) -> Axis:
 
 
 def _take_down() -> None:
-    """Closes every group but the world's: Megatron makes many more than a mesh shows, and gloo keeps threads for each."""
+    """Closes every group but the world's: Megatron makes more than a mesh shows, and gloo keeps threads for each."""
     parallel_state.destroy_model_parallel()
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
