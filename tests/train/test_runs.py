@@ -126,4 +126,4 @@ def test_bad_input_ends_with_a_clear_error_and_writes_nothing(world, case):
 
 def test_a_wrong_token_is_refused(world):
     assert world.finish("token", 2, *CP2, token="wrong") != 0
-    assert "OPSD_SERVER_TOKEN" in world.log("token")
+    assert "does not accept this bearer token" in world.log("token")
