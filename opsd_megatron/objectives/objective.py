@@ -2,7 +2,7 @@
 
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from opsd_megatron.objectives.metrics import MetricSums
@@ -34,14 +34,3 @@ class Objective(Protocol):
     ) -> LossSums:
         """Of the rows of `responses`, which row by row are the tokens that the hidden states predict."""
         ...
-
-
-def take_responses(table: ResponseTable, index: Int64[Tensor, "rows"]) -> ResponseTable:
-    """The rows of the table named by `index`, in its order."""
-    return ResponseTable(
-        token_ids=table.token_ids[index],
-        weights=table.weights[index],
-        behaviour_logprobs=table.behaviour_logprobs[index],
-        rollout=table.rollout[index],
-        position=table.position[index],
-    )

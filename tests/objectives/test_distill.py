@@ -9,7 +9,7 @@ from opsd_megatron.config import Distill, SelfSft
 from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.distill import DistillObjective, mismatch_metrics
 from opsd_megatron.objectives.metrics import add_metrics, finish_metrics
-from opsd_megatron.objectives.objective import LossSums, take_responses
+from opsd_megatron.objectives.objective import LossSums
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.types import ResponseTable
 from tests.losses.dense import OBJECTIVES, Problem, dense_distillation, make_problem
@@ -36,7 +36,7 @@ def loss_of_rows(problem: Problem, config: Distill, rows: slice) -> LossSums:
         problem.student_weight,
         problem.teacher_hidden[index],
         problem.teacher_weight,
-        take_responses(responses_of(problem), index),
+        responses_of(problem).select(index),
     )
 
 
