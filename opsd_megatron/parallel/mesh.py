@@ -19,8 +19,6 @@ devices.install()  # before megatron's modules below
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
-_current: "Mesh | None" = None
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -67,10 +65,9 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
     Raises:
         ConfigError: the world size is not a multiple of tp * pp * cp.
     """
-    global _current
     _join_job()
     parallel.data_parallel_size(dist.get_world_size())
-    if _current is not None:
+    if parallel_state.model_parallel_is_initialized():
         _take_down()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -82,7 +79,7 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     dp = _axis("dp", groups.dp)
-    _current = Mesh(
+    return Mesh(
         tp=_axis("tp", groups.tp),
         pp=_axis("pp", groups.pp),
         cp=_axis("cp", groups.cp),
@@ -95,7 +92,6 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
         device=devices.device(),
         collection=groups,
     )
-    return _current
 
 
 def _join_job() -> None:
