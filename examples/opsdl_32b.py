@@ -125,7 +125,8 @@ def main() -> None:
         "",
         "The inference server runs elsewhere: on other GPUs of the node, or on another node. Start it first, with the",
         "same model and the token in OPSD_SERVER_TOKEN on both sides:",
-        "  python -m opsd_megatron.server --model /models/Qwen3-32B --dtype bfloat16 --port 8000",
+        "  python -m opsd_megatron.server --model /models/Qwen3-32B --dtype bfloat16 --port 8000 \\",
+        "      --yarn-factor 4 --yarn-original-positions 32768",
     ]
     config = parse_fields(recipe(model, layout), notes)
     exit_with(lambda: start(config, SHAPES[model], is_rehearsal))

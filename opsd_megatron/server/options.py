@@ -27,6 +27,10 @@ class ServerOptions:
     """auto takes CUDA where there is one."""
     token_variable: str = "OPSD_SERVER_TOKEN"
     """Environment variable that holds the bearer token (never on the command line, where others could read it)."""
+    yarn_factor: float | None = None
+    """Serve with YaRN at this factor over the model's original context, as the trainer's --model.yarn-factor."""
+    yarn_original_positions: int | None = None
+    """Context that YaRN stretches from; left out, max_position_embeddings (Qwen3 says 40960, but means 32768)."""
     max_model_len: int | None = None
     """Longest prompt with response, in tokens; the model's own limit if left out."""
     weights_root: Path | None = None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import uvicorn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.server.engine import Engine
@@ -58,12 +58,31 @@ def load_model(options: ServerOptions) -> PreTrainedModel:
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has none; use --device cpu")
-    dtype = getattr(torch, options.dtype)
+    config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+    if options.yarn_factor is not None:
+        _stretch(config.get_text_config(), options.yarn_factor, options.yarn_original_positions)
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        options.model,
+        config=config,
+        dtype=getattr(torch, options.dtype),
+        attn_implementation="sdpa",
+        local_files_only=True,
     )
     torch.nn.Module.to(model, torch.device(device)).requires_grad_(False)
     return model.eval()
+
+
+def _stretch(config: PreTrainedConfig, factor: float, original: int | None) -> None:
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "default":
+        raise ConfigError(f"--yarn-factor {factor} needs plain rotary positions, but config.json has "
+                          f"rope_type={rope.get('rope_type')}; leave --yarn-factor out")  # fmt: skip
+    if factor < 1:
+        raise ConfigError(f"--yarn-factor {factor}: 1 or more")
+    original = original or config.max_position_embeddings
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    config.rope_parameters = {**scaling, "rope_theta": rope["rope_theta"]}
+    config.max_position_embeddings = max(config.max_position_embeddings, int(factor * original))
 
 
 def _engine(options: ServerOptions, model: PreTrainedModel, cache_tokens: int | None) -> Engine:

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +9,8 @@ import pytest
 
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.rollout.process import ServerProcess
-from tests.server.serving import OLD, TOKEN, server_for
+from tests.server.serving import OLD, TOKEN, largest_gap, load, requests, server_for
+from tests.tiny_models import YARN, write_tiny_model
 
 
 def run_server(root, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -39,6 +42,27 @@ def test_help_names_and_explains_every_option(root):
 def test_a_directory_without_a_model_is_a_config_error(tmp_path):
     server = ServerProcess(tmp_path, TOKEN, tmp_path / "server.log", engine="exact")
     with pytest.raises(ConfigError, match=r"no config\.json there"):
+        server.start()
+
+
+def test_yarn_from_the_command_line_serves_the_model_that_a_config_with_yarn_describes(root, tmp_path):
+    stretched = tmp_path / "yarn"
+    shutil.copytree(root / OLD, stretched)
+    config = json.loads((stretched / "config.json").read_text())
+    config |= {"rope_parameters": YARN, "max_position_embeddings": 1024}
+    (stretched / "config.json").write_text(json.dumps(config))
+    flags = ("--yarn-factor", str(YARN["factor"]), "--yarn-original-positions", "32")
+    with server_for(root, OLD, "exact", tmp_path, *flags) as server, server.backend() as backend:
+        request = requests(1)[0]
+        sample = backend.generate([request])[0].samples[0]
+    assert largest_gap(load(stretched), request, sample) <= 1e-5
+    assert largest_gap(load(root / OLD), request, sample) > 1e-2
+
+
+def test_yarn_over_a_stretched_model_is_refused(tmp_path):
+    write_tiny_model(tmp_path / "llama", "llama")
+    server = ServerProcess(tmp_path / "llama", TOKEN, tmp_path / "server.log", arguments=("--yarn-factor", "4"))
+    with pytest.raises(ConfigError, match="rope_type=llama3; leave --yarn-factor out"):
         server.start()
 
 
