@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -99,6 +99,7 @@ class ServerInfo:
     weight_version: str
 
 
+@runtime_checkable
 class RolloutBackend(Protocol):
     """Calls block. They raise a ServerError where the server cannot be reached, refuses or answers nonsense."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 SampleKey = tuple[str, int]
 """(job, number of the sample among those of the same prompt)"""
@@ -47,6 +47,7 @@ Deliver = Callable[[SampleKey, Continuation], None]
 """Called on the event loop, once for each finished sample."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """`start`, `submit` and `cancel` are called on the event loop; the others on one and the same other thread."""
 
