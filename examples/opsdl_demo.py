@@ -44,6 +44,7 @@ QUESTIONS = 4
 """About every training context: the tree computes the context once for all of them."""
 PROBE_SEED = 1_000_000
 """Of the questions that are asked now and then during training, to be seen; the loss never sees an answer."""
+BASELINE = "starting model"
 console = Console(stderr=True)
 
 
@@ -63,14 +64,20 @@ class Demo:
     output: Path = Path("runs/demo")
     """Data, runs, results.jsonl and accuracy.png go here; an interrupted run goes on from its checkpoint."""
 
+    @property
+    def results(self) -> Path:
+        return self.output / "results.jsonl"
+
 
 def main(demo: Demo) -> None:
     check_model()
-    rows: list[dict] = []
-    for recipe in demo.recipes:
-        for seed in demo.seeds:
-            rows += run_one(demo, recipe, seed)
-            report(demo, rows)
+    for seed in demo.seeds:
+        for recipe in demo.recipes:
+            if (recipe, seed) in measured(demo):
+                console.print(f"{recipe}, seed {seed}: already in {demo.results}; remove {demo.output} to start afresh")
+            else:
+                run_one(demo, recipe, seed)
+            report(demo)
 
 
 def check_model() -> None:
@@ -85,24 +92,35 @@ def check_model() -> None:
             )
 
 
-def run_one(demo: Demo, recipe: str, seed: int) -> list[dict]:
-    """Result rows, before and after, of one recipe and seed."""
+def run_one(demo: Demo, recipe: str, seed: int) -> None:
+    """Appends the scores after training, and those before it unless another recipe has asked the same questions."""
     directory = demo.output / f"{recipe}-{seed}"
     write_data(demo, directory, recipe, seed)
     token = secrets.token_urlsafe(32)
     console.rule(f"{recipe}, seed {seed}")
     server = start_server(MODEL, token, directory / "server.log", threads=2, arguments=("--batch-tokens", "8192"))
     with server:
-        before = evaluate(demo, directory, server, "before")
+        asked = (BASELINE, seed) in measured(demo)
+        scores = {} if asked else {BASELINE: evaluate(demo, directory, server, "before")}
         train(recipe, seed, directory, server.url, token)
-        after = evaluate(demo, directory, server, "after")
-    rows = [
-        {"recipe": recipe, "seed": seed, "when": when, **score.row()}
-        for when, scores in (("before", before), ("after", after))
-        for score in scores
-    ]
-    append_rows(demo.output / "results.jsonl", rows)
-    return rows
+        scores[recipe] = evaluate(demo, directory, server, "after")
+    rows = [{"model": model, "seed": seed, **score.row()} for model, own in scores.items() for score in own]
+    append_rows(demo.results, rows)
+
+
+def measured(demo: Demo) -> dict[tuple[str, int], list[LengthScore]]:
+    """Scores by (model, seed), of this and earlier calls, where the same questions were asked."""
+    lines = demo.results.read_text().splitlines() if demo.results.exists() else []
+    found: dict[tuple[str, int], dict[int, LengthScore]] = {}
+    for row in map(json.loads, lines):
+        if row["items"] == demo.items:
+            score = LengthScore(row["length"], row["items"], row["correct"])
+            found.setdefault((row["model"], row["seed"]), {})[row["length"]] = score
+    return {
+        key: [scores[length] for length in demo.lengths]
+        for key, scores in found.items()
+        if scores.keys() >= set(demo.lengths)
+    }
 
 
 def write_data(demo: Demo, directory: Path, recipe: str, seed: int) -> None:
@@ -155,38 +173,25 @@ def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore
         )
 
 
-def report(demo: Demo, rows: list[dict]) -> None:
-    """The table on the terminal and the picture, over all seeds so far."""
+def report(demo: Demo) -> None:
+    """The table on the terminal and the picture, over everything measured so far."""
     table = Table(title="exact match by context length (mean over seeds, lowest to highest)")
-    table.add_column("recipe")
-    for length in demo.lengths:
-        table.add_column(str(length), justify="right")
-    lines = {("starting model", "before"): rows}
-    lines |= {(recipe, "after"): [row for row in rows if row["recipe"] == recipe] for recipe in demo.recipes}
+    for column in ("", *map(str, demo.lengths)):
+        table.add_column(column, justify="right" if column else "left")
     curves: dict[str, list[list[LengthScore]]] = {}
-    for (name, when), own in lines.items():
-        kept = [row for row in own if row["when"] == when]
-        if not kept:
-            continue
-        table.add_row(name, *(cell([row["accuracy"] for row in kept if row["length"] == n]) for n in demo.lengths))
-        curves[name] = scores_by_seed(kept)
+    for (model, _), scores in measured(demo).items():
+        curves.setdefault(model, []).append(scores)
+    for model, seeds in curves.items():
+        table.add_row(model, *(cell([score.accuracy for score in column]) for column in zip(*seeds, strict=True)))
     Console().print(table)
     picture = demo.output / "accuracy.png"
-    plot_accuracy(curves, picture, "A small model teaches itself longer contexts", baseline="starting model")
-    Console().print(f"picture: {picture}   numbers: {demo.output / 'results.jsonl'}")
+    plot_accuracy(curves, picture, "A small model teaches itself longer contexts", baseline=BASELINE)
+    Console().print(f"picture: {picture}   numbers: {demo.results}")
 
 
 def cell(values: list[float]) -> str:
     mean = f"{100 * statistics.fmean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-
-
-def scores_by_seed(rows: list[dict]) -> list[list[LengthScore]]:
-    runs: dict[tuple, list[LengthScore]] = {}
-    for row in rows:
-        score = LengthScore(row["length"], row["items"], row["correct"])
-        runs.setdefault((row["recipe"], row["seed"]), []).append(score)
-    return list(runs.values())
 
 
 if __name__ == "__main__":
