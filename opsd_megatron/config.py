@@ -226,6 +226,8 @@ class BatchConfig:
     """Prompts of one optimizer step over all dp replicas; must be a multiple of dp."""
     student_microbatch_tokens: int = 8192
     """Token budget of a student microbatch (shared contexts counted once)."""
+    student_microbatch_cost: float | None = None
+    """Cost budget of a student microbatch, in tokens: attention counts too, by its share of the model's FLOPs."""
     teacher_microbatch_tokens: int = 4096
     """Token budget of a teacher microbatch on each cp rank."""
     min_shared_tokens: int = 32

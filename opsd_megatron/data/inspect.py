@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from opsd_megatron.config import BatchConfig, ChatTemplate, DataConfig, PlainTemplate
+from opsd_megatron.data.balance import Limits
 from opsd_megatron.data.packing import measure_sharing, pack
 from opsd_megatron.data.pairs import Template, View, build_pair, build_prompt, count_equal_pairs
 from opsd_megatron.data.records import Records, read_records
@@ -133,7 +134,7 @@ def _sharing_of_file(pairs: list[PromptPair], view: View, arguments: Inspect) ->
         chunk = pairs[start : start + arguments.prompts_per_step]
         step = [_pretend_rollout(pair, sample, arguments) for pair in chunk for sample in range(arguments.samples)]
         budget = _BATCH.student_microbatch_tokens if view == "student" else _BATCH.teacher_microbatch_tokens
-        batches += pack(step, view, budget, arguments.min_shared_tokens)
+        batches += pack(step, view, Limits(budget, arguments.min_shared_tokens))
         rollouts += step
     return str(measure_sharing(rollouts, view, batches))
 

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from opsd_megatron.data.balance import Group, Limits, place_evenly, place_tightly
 from opsd_megatron.token_tree import NO_PARENT, GrownTree, Node, TokenTree, grow_tree
 from opsd_megatron.types import ResponseTable, Rollout, TokenBatch
 
@@ -26,47 +27,69 @@ def response_table(rollouts: Sequence[Rollout]) -> ResponseTable:
     )
 
 
-def pack(
-    rollouts: Sequence[Rollout],
-    view: View,
-    budget_tokens: int,
-    min_shared_tokens: int = 32,
-    chosen: Sequence[int] | None = None,
-) -> list[TokenBatch]:
-    """Microbatches of at most `budget_tokens` tokens each (shared ones counted once), the same on every rank.
+class Packing:
+    """Some rollouts of one view, grouped by context, before they are put into a number of microbatches.
 
-    Rollouts of one context come together; groups are placed first-fit, the largest first. A rollout that is longer
-    than the budget gets a microbatch of its own. `chosen` packs only the rollouts with these numbers;
-    `response_index` refers to `response_table(rollouts)` all the same.
+    The numbers that decide (`needed`) are known first, because all replicas must run equally many microbatches.
     """
-    numbers = range(len(rollouts)) if chosen is None else chosen
-    forest = _Forest({number: sequence_of(rollouts[number], view) for number in numbers}, min_shared_tokens)
-    groups = forest.groups_of_context({number: len(prompt_of(rollouts[number], view)) for number in numbers})
-    groups = [run for group in groups for run in forest.split(group, budget_tokens)]
-    first_token = np.cumsum([0, *(len(rollout.token_ids) for rollout in rollouts)])
-    batches = []
-    for members in forest.place(groups, budget_tokens):
-        grown = forest.grow(members)
+
+    def __init__(
+        self,
+        rollouts: Sequence[Rollout],
+        view: View,
+        limits: Limits,
+        chosen: Sequence[int] | None = None,
+    ):
+        """`chosen` packs only the rollouts with these numbers; `response_index` of the microbatches refers to
+        `response_table(rollouts)` all the same."""
+        self._rollouts, self._view, self._limits = rollouts, view, limits
+        numbers = range(len(rollouts)) if chosen is None else chosen
+        self._forest = _Forest({number: sequence_of(rollouts[number], view) for number in numbers}, limits)
+        groups = self._forest.groups_of_context({number: len(prompt_of(rollouts[number], view)) for number in numbers})
+        self._groups = [run for group in groups for run in self._forest.split(group)]
+        self._fewest = place_tightly(self._groups, limits)
+
+    @property
+    def needed(self) -> int:
+        """Microbatches that the limits ask for."""
+        return len(self._fewest)
+
+    def microbatches(self, count: int) -> list[TokenBatch]:
+        """Exactly `count` microbatches (at least `needed`) of even cost, dearest first, then fillers; the same on every
+        rank."""
+        if count < self.needed:
+            raise ValueError(f"{count} microbatches where {self.needed} are needed")
+        bins = place_evenly(self._groups, self._limits, count) or self._fewest
+        batches = [self._batch([number for group in bin for number in group.members]) for bin in bins if bin]
+        return batches + [filler_batch()] * (count - len(batches))
+
+    def _batch(self, members: Sequence[int]) -> TokenBatch:
+        grown = self._forest.grow(members)
         rows, responses = [], []
+        first_token = np.cumsum([0, *(len(rollout.token_ids) for rollout in self._rollouts)])
         for member, where in zip(members, grown.rows, strict=True):
-            rows.append(where[len(prompt_of(rollouts[member], view)) - 1 :])  # the prompt's last token predicts token 0
+            prompt = len(prompt_of(self._rollouts[member], self._view))
+            rows.append(where[prompt - 1 :])  # the prompt's last token predicts response token 0
             responses.append(np.arange(first_token[member], first_token[member + 1]))
-        batches.append(
-            TokenBatch(
-                tree=grown.tree,
-                token_ids=torch.from_numpy(grown.token_ids),
-                rows=torch.from_numpy(np.concatenate(rows)),
-                response_index=torch.from_numpy(np.concatenate(responses)),
-            )
+        return TokenBatch(
+            tree=grown.tree,
+            token_ids=torch.from_numpy(grown.token_ids),
+            rows=torch.from_numpy(np.concatenate(rows)),
+            response_index=torch.from_numpy(np.concatenate(responses)),
         )
-    return batches
 
 
-def filler_batch(pad_token: int = 0) -> TokenBatch:
+def pack(rollouts: Sequence[Rollout], view: View, limits: Limits) -> list[TokenBatch]:
+    """All rollouts in as few microbatches as the limits allow."""
+    packing = Packing(rollouts, view, limits)
+    return packing.microbatches(packing.needed)
+
+
+def filler_batch() -> TokenBatch:
     """One token and no rows: it keeps a rank in step that has fewer microbatches than its peers."""
     nothing = torch.zeros(0, dtype=torch.int64)
     tree = TokenTree((Node(NO_PARENT, 1, 0),))
-    return TokenBatch(tree, torch.tensor([pad_token], dtype=torch.int64), rows=nothing, response_index=nothing)
+    return TokenBatch(tree, torch.zeros(1, dtype=torch.int64), rows=nothing, response_index=nothing)
 
 
 def prompt_of(rollout: Rollout, view: View) -> tuple[int, ...]:
@@ -114,22 +137,25 @@ def measure_sharing(rollouts: Sequence[Rollout], view: View, batches: Sequence[T
 
 @dataclass(frozen=True)
 class _Forest:
-    """Numbered sequences, and the ways to put them together."""
+    """Numbered sequences, and the trees that they grow together."""
 
     sequences: Mapping[int, np.ndarray]
-    min_shared_tokens: int
+    limits: Limits
 
     def grow(self, members: Sequence[int]) -> GrownTree:
-        return grow_tree([self.sequences[member].tolist() for member in members], self.min_shared_tokens)
+        return grow_tree([self.sequences[member].tolist() for member in members], self.limits.min_shared_tokens)
 
-    def size(self, members: Sequence[int]) -> int:
-        """Tokens of the tree. What all members start with is counted, not grown: contexts are long, branches short."""
+    def group(self, members: Sequence[int]) -> Group:
+        """What all members start with is counted, not grown: contexts are long, branches short."""
         sequences = [self.sequences[member] for member in members]
         common = min(_common_prefix(sequences[0], other) for other in sequences)
-        skipped = max(0, common - max(1, self.min_shared_tokens))  # what is left still joins at the root
-        return (
-            skipped + grow_tree([one[skipped:].tolist() for one in sequences], self.min_shared_tokens).tree.num_tokens
-        )
+        least = self.limits.min_shared_tokens
+        skipped = max(0, common - max(1, least))  # what is left still joins at the root
+        tree = grow_tree([one[skipped:].tolist() for one in sequences], least).tree
+        # every token behind the skipped ones sees all of them
+        pairs = tree.attention_pairs() + skipped * tree.num_tokens + skipped * (skipped + 1) // 2
+        tokens = skipped + tree.num_tokens
+        return Group(tuple(members), tokens, tokens + pairs * self.limits.pair_cost)
 
     def groups_of_context(self, prompt_lengths: Mapping[int, int]) -> list[list[int]]:
         """Sequences that start alike, for at least half of the shorter prompt and `min_shared_tokens`.
@@ -151,31 +177,18 @@ class _Forest:
         shared = _common_prefix(self.sequences[one], self.sequences[other])
         half = min(prompt_lengths[one], prompt_lengths[other]) / 2
         is_same = shared == len(self.sequences[one]) == len(self.sequences[other])
-        return is_same or shared >= max(self.min_shared_tokens, half)
+        return is_same or shared >= max(self.limits.min_shared_tokens, half)
 
-    def split(self, group: Sequence[int], budget_tokens: int) -> list[list[int]]:
-        """The group cut into runs whose tree fits the budget; one sequence alone may exceed it."""
-        runs: list[list[int]] = []
-        for number in group:
-            if runs and self.size([*runs[-1], number]) <= budget_tokens:
-                runs[-1].append(number)
+    def split(self, members: Sequence[int]) -> list[Group]:
+        """The members cut into runs whose tree keeps the limits; one sequence alone may exceed them."""
+        runs: list[Group] = []
+        for number in members:
+            longer = self.group([*runs[-1].members, number]) if runs else None
+            if longer is not None and longer.fits(self.limits):
+                runs[-1] = longer
             else:
-                runs.append([number])
+                runs.append(self.group([number]))
         return runs
-
-    def place(self, groups: Sequence[Sequence[int]], budget_tokens: int) -> list[list[int]]:
-        """First-fit, largest group first. Groups of other contexts share nothing worth counting: their sizes add up."""
-        bins: list[list[int]] = []
-        filled: list[int] = []
-        sizes = [(self.size(group), group) for group in groups]
-        for tokens, group in sorted(sizes, key=lambda item: (-item[0], item[1])):
-            place = next((at for at, taken in enumerate(filled) if taken + tokens <= budget_tokens), len(bins))
-            if place == len(bins):
-                bins.append([])
-                filled.append(0)
-            bins[place].extend(group)
-            filled[place] += tokens
-        return bins
 
 
 def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:

@@ -118,6 +118,17 @@ class Architecture:
     hf_config: Mapping[str, Any]
     """config.json as it should be written beside exported weights."""
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices: as many multiply-adds for every token."""
+        attention = 2 * self.hidden_size * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.hidden_size * self.ffn_size
+
+    @property
+    def pair_cost(self) -> float:
+        """FLOPs of attention for one (query, key) pair over those of the layers' matrices for one token."""
+        return 2 * self.heads * self.head_dim / self.layer_weights
+
 
 def read_architecture(
     hf_dir: Path, yarn_factor: float | None = None, yarn_original_positions: int | None = None
