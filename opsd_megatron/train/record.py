@@ -7,11 +7,13 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opsd_megatron.config import LogConfig, RunConfig
+from opsd_megatron.errors import ConfigError
 
 PACKAGES = ("opsd-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "safetensors", "numpy")
 
@@ -90,10 +92,21 @@ def _drop_later_steps(path: Path, resumed_step: int) -> None:
 
 
 def _start_wandb(log: LogConfig, description: Mapping[str, Any], directory: Path):
+    """A resumed run goes on in the same wandb run: its id lies beside the metrics."""
     try:
         import wandb
     except ImportError as error:
-        raise SystemExit(
+        raise ConfigError(
             f"log.wandb_project={log.wandb_project} needs wandb: pip install opsd-megatron[wandb]"
         ) from error
-    return wandb.init(project=log.wandb_project, config=dict(description), dir=str(directory), resume="allow")
+    kept = directory / "wandb_id"
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:12])
+    return wandb.init(
+        project=log.wandb_project,
+        id=kept.read_text(),
+        name=directory.name,
+        config=dict(description),
+        dir=str(directory),
+        resume="allow",
+    )

@@ -187,7 +187,7 @@ def test_microbatches_are_even_in_cost_and_keep_both_limits():
         groups = [Group((n,), tokens, tokens + 0.002 * tokens**2 / 2) for n, tokens in enumerate(lengths)]
         needed = len(place_tightly(groups, limits))
         assert all(
-            len(own) == 1 or sum(group.tokens for group in own) <= 1000 and sum(group.cost for group in own) <= 1600
+            len(own) == 1 or (sum(group.tokens for group in own) <= 1000 and sum(group.cost for group in own) <= 1600)
             for own in place_tightly(groups, limits)
         )
         bins = place_evenly(groups, limits, 2 * needed)
