@@ -65,8 +65,9 @@ class ModelConfig:
     """Directory with config.json, safetensors shards and the tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of parameters and activations; losses, reductions and optimizer states stay in float32."""
-    recompute: Literal["none", "mlp", "full"] = "none"
-    """Activations computed again in the backward pass: none, the MLPs, or whole layers. Never core attention alone."""
+    recompute: Literal["none", "norms", "mlp", "mlp+norms", "full"] = "none"
+    """Activations computed again in the backward pass: none, the norms before attention and MLP, the MLPs, both, or
+    whole layers. Never core attention alone."""
     yarn_factor: float | None = None
     """Override: run with YaRN at this factor over the model's original context (Qwen2.5 and Qwen3 beyond 32k). The
     inference server must do the same."""
@@ -110,6 +111,8 @@ class DataConfig:
     """Budget of the teacher prompt; evidence is never cut, so a longer one is an error."""
     shuffle: bool = True
     """Order by a seeded permutation of each epoch instead of file order."""
+    contexts_together: int = 8
+    """When shuffled, up to so many records of one context stay neighbours and share a token tree; 1: none."""
 
 
 @dataclass(frozen=True)

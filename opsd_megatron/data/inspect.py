@@ -15,10 +15,12 @@ from rich.text import Text
 
 from opsd_megatron.config import BatchConfig, ChatTemplate, DataConfig, PlainTemplate
 from opsd_megatron.data.balance import Limits
+from opsd_megatron.data.contexts import context_numbers, runs_of_context
 from opsd_megatron.data.packing import measure_sharing, pack
 from opsd_megatron.data.pairs import Template, View, build_pair, build_prompt, count_equal_pairs
 from opsd_megatron.data.records import Records, read_records
 from opsd_megatron.data.schema import Record
+from opsd_megatron.data.stream import RecordStream
 from opsd_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from opsd_megatron.errors import UserError
 from opsd_megatron.types import PromptPair, Rollout, Turn, VersionSpan
@@ -59,7 +61,11 @@ class Inspect:
     response_tokens: int = 16
     """For --sharing: length of a response."""
     prompts_per_step: int = _BATCH.prompts_per_step
-    """For --sharing: prompts that are packed together, in file order."""
+    """For --sharing: prompts that are packed together."""
+    shuffle: bool = _DATA.shuffle
+    """For --sharing: in the order of a shuffled epoch instead of file order."""
+    contexts_together: int = _DATA.contexts_together
+    """For --sharing: records of one context that stay neighbours when shuffled."""
     min_shared_tokens: int = _BATCH.min_shared_tokens
     """For --sharing: shortest common prefix that is shared."""
 
@@ -112,13 +118,15 @@ def print_prompt(record: Record, view: View, tokenizer: Tokenizer, arguments: In
 
 def print_sharing(records: Records, tokenizer: Tokenizer, arguments: Inspect, console: Console) -> None:
     """Prompt sizes of the whole file and, for each view, the tokens and attention pairs that token trees save."""
-    pairs = [
-        build_pair(record, arguments.template, tokenizer, arguments.student_tokens, arguments.teacher_tokens)
-        for record in records
-    ]
+    contexts = context_numbers(records)
+    runs = runs_of_context(contexts, arguments.contexts_together)
+    order = RecordStream(records, 0, arguments.shuffle, 0, 1, runs).next_batch(len(records))
+    budgets = arguments.student_tokens, arguments.teacher_tokens
+    pairs = [build_pair(records[number], arguments.template, tokenizer, *budgets) for number in order]
     trimmed = [pair.dropped_tokens for pair in pairs if pair.dropped_tokens]
-    console.print(f"{len(pairs)} records; {len(trimmed)} trimmed, {sum(trimmed)} tokens dropped; "
-                  f"{count_equal_pairs(pairs)} with equal prompts", highlight=False)  # fmt: skip
+    different = len(set(contexts.tolist()))
+    console.print(f"{len(pairs)} records of {different} contexts; {len(trimmed)} trimmed, {sum(trimmed)} tokens "
+                  f"dropped; {count_equal_pairs(pairs)} with equal prompts", highlight=False)  # fmt: skip
     for view in ("student", "teacher"):
         lengths = sorted(len(getattr(pair, f"{view}_prompt")) for pair in pairs)
         console.print(

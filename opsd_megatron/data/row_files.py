@@ -1,11 +1,13 @@
 """Files of rows with random access: JSON lines (also gzipped) and Parquet. What a row means is `records`' business."""
 
+import functools
 import gzip
 import json
 import os
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
@@ -55,7 +57,8 @@ class JsonLines:
         self._lock = threading.Lock()
         self._file: Any = _decompress(path) if path.suffix == ".gz" else path.open("rb")
         keeps_index = path.suffix != ".gz" and path.stat().st_size >= index_file_from_bytes
-        self._index = _kept_index(path, self._file) if keeps_index else _scan_lines(self._file)
+        scan = functools.partial(_scan_lines, self._file)
+        self._index = kept_beside(path, ".idx", scan) if keeps_index else scan()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -150,20 +153,21 @@ def _scan_lines(file: IO[bytes]) -> np.ndarray:
     return np.asarray(index, dtype=np.int64).reshape(-1, 2)
 
 
-def _kept_index(path: Path, file: IO[bytes]) -> np.ndarray:
-    """The line index from `<file>.idx` where that was made for this very file, else a fresh one, kept if it can be."""
+def kept_beside(path: Path, suffix: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Int64 [rows, columns] from `<path><suffix>` where that was made for this very file, else computed, and kept if
+    the folder can be written."""
     status = path.stat()
-    stamp = np.asarray([[status.st_size, status.st_mtime_ns]], dtype=np.int64)
-    index_path = path.with_name(path.name + ".idx")
+    stamp = [status.st_size, status.st_mtime_ns]
+    kept_path = path.with_name(path.name + suffix)
     try:
-        kept = np.load(index_path, allow_pickle=False)
-        if kept.dtype == np.int64 and kept.ndim == 2 and np.array_equal(kept[:1], stamp):
-            return kept[1:]
+        kept = np.load(kept_path, allow_pickle=False)
+        if kept.dtype == np.int64 and kept[:2].tolist() == stamp:
+            return kept[3:].reshape(-1, int(kept[2]))
     except (OSError, ValueError, EOFError):
         pass  # none there, or one that was cut: it is only a cache
-    index = _scan_lines(file)
-    _replace_file(index_path, np.concatenate([stamp, index]))
-    return index
+    values = compute()
+    _replace_file(kept_path, np.concatenate([[*stamp, values.shape[1]], values.reshape(-1)]))
+    return values
 
 
 def _replace_file(path: Path, values: np.ndarray) -> None:

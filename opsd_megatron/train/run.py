@@ -9,6 +9,7 @@ import torch
 from opsd_megatron.checkpoint.model_weights import load_weights, save_hf
 from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
+from opsd_megatron.data.contexts import context_numbers, runs_of_context
 from opsd_megatron.data.pairs import build_pair
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.stream import RecordStream
@@ -46,7 +47,7 @@ class Run:
         self.tokenizer = load_tokenizer(config.model.path)
         self._check_vocabulary()
         self.records = read_records(config.data.path)
-        self.stream = RecordStream(self.records, config.seed, config.data.shuffle, self.mesh.dp.rank, self.mesh.dp.size)
+        self.stream = self._stream()
         dtype = DTYPES[config.model.dtype]
         modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
@@ -178,6 +179,12 @@ class Run:
                 f"{self.config.model.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
                 f"{self.architecture.vocab_size}; they do not belong together"
             )
+
+    def _stream(self) -> RecordStream:
+        data, dp = self.config.data, self.mesh.dp
+        together = data.contexts_together if data.shuffle else 1
+        runs = runs_of_context(context_numbers(self.records), together) if together > 1 else None
+        return RecordStream(self.records, self.config.seed, data.shuffle, dp.rank, dp.size, runs)
 
     def _resume(self) -> int:
         self._saved_step = -1

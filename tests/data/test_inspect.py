@@ -68,7 +68,7 @@ def test_a_long_prompt_is_shown_without_its_middle(records_path: Path, sentencep
 
 def test_the_sharing_report_tells_that_one_context_is_computed_once(records_path: Path, sentencepiece_dir: Path):
     text = printed(Inspect(records_path, sentencepiece_dir, sharing=True, samples=4))
-    assert "3 records; 0 trimmed" in text
+    assert "3 records of 1 contexts; 0 trimmed" in text
     assert "12 sequences in 1 microbatches" in text
     factor = float(text.split("student prompts")[1].split(" tokens instead of")[1].split("(")[1].split("x")[0])
     assert factor > 3
