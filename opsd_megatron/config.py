@@ -196,6 +196,14 @@ class EmaTeacher:
 
 
 @dataclass(frozen=True)
+class OtherTeacher:
+    """Another model with the student's tokenizer, of any size: it is cut over the same ranks and never trained."""
+
+    path: Path = Path("teacher")
+    """Its Hugging Face directory."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Adam with decoupled weight decay, on Megatron's optimizer."""
 
@@ -281,7 +289,7 @@ class RunConfig:
     """Who answers."""
     objective: Distill | SelfSft = field(default_factory=Distill)
     """What is learned."""
-    teacher: LiveTeacher | FrozenTeacher | EmaTeacher = field(default_factory=LiveTeacher)
+    teacher: LiveTeacher | FrozenTeacher | EmaTeacher | OtherTeacher = field(default_factory=LiveTeacher)
     """Whose distribution is the target."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How it is learned."""
@@ -298,3 +306,7 @@ class RunConfig:
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps}: 1 or more")
+        _require(
+            not (isinstance(self.objective, SelfSft) and isinstance(self.teacher, OtherTeacher)),
+            "objective SelfSft learns from the model's own answers: take a LiveTeacher, FrozenTeacher or EmaTeacher",
+        )

@@ -98,15 +98,23 @@ def distill_loss(
     return beta * (q.exp() * (q - mixture)).sum(-1) + (1 - beta) * (p.exp() * (p - mixture)).sum(-1)
 
 
-def dense_step(directory: Path, rollouts, objective: Distill) -> tuple[float, int, dict[str, torch.Tensor]]:
-    """(loss sum, token count, gradient of sum / count by Hugging Face name) with the live teacher."""
+def dense_step(
+    directory: Path, rollouts, objective: Distill, teacher_directory: Path | None = None
+) -> tuple[float, int, dict[str, torch.Tensor]]:
+    """(loss sum, token count, gradient of sum / count by Hugging Face name) with the live teacher or another model.
+
+    Of two vocabularies the ids that both have are compared.
+    """
     model = DenseModel(directory)
+    other = model if teacher_directory is None else DenseModel(teacher_directory)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for rollout in rollouts:
         targets, mask = torch.tensor(rollout.token_ids), torch.tensor(rollout.loss_mask)
         with torch.no_grad():
-            teacher = response_logits(model, rollout.pair.teacher_prompt, rollout.token_ids)
+            teacher = response_logits(other, rollout.pair.teacher_prompt, rollout.token_ids)
         student = response_logits(model, rollout.pair.student_prompt, rollout.token_ids)
+        common = min(student.shape[1], teacher.shape[1])
+        student, teacher = student[:, :common], teacher[:, :common]
         total = total + distill_loss(student, teacher, targets, objective)[mask].sum()
         count += int(mask.sum())
     (total / count).backward()

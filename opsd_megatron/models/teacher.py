@@ -1,6 +1,7 @@
-"""Whose distribution the student learns from: weights that can be made active in the student's own modules for a while.
+"""Whose distribution the student learns from: its own modules with other weights in them, or another model's modules.
 
-A teacher has no modules, no gradients and no optimizer of its own; on a GPU its weights wait in pinned host memory.
+No teacher has gradients or an optimizer. One that borrows the student's modules keeps its weights in host memory, pinned
+on a GPU, while they wait.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ from opsd_megatron.parallel.mesh import Mesh
 class Teacher(Protocol):
     """A view of weights."""
 
-    def active(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with the teacher's weights; outside, always and bitwise, with the student's."""
+    def active(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """The model chunks that compute with the teacher's weights inside; outside, always and bitwise, the student's
+        chunks hold the student's."""
         ...
 
     def update(self) -> None:
@@ -46,8 +48,8 @@ class LiveTeacher:
     def __init__(self, chunks: Sequence[torch.nn.Module], mesh: Mesh):
         self._chunks, self._mesh = chunks, mesh
 
-    def active(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def active(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        return nullcontext(self._chunks)
 
     def update(self) -> None:
         pass
@@ -76,7 +78,7 @@ class FrozenTeacher:
         self.is_active = False
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Iterator[Sequence[torch.nn.Module]]:
         if self.is_active:
             raise RuntimeError("the teacher is active already")
         self.is_active, replaced = True, []
@@ -86,7 +88,7 @@ class FrozenTeacher:
                     student.copy_(parameter)
                     replaced.append((parameter, student))
                     parameter.copy_(weight)
-            yield
+            yield self._chunks
         finally:
             with torch.no_grad():
                 for parameter, student in replaced:
@@ -135,6 +137,25 @@ class EmaTeacher(FrozenTeacher):
 
     def tensors(self) -> list[dict[str, Tensor]] | None:
         return self.weights
+
+
+class OtherTeacher:
+    """Modules of their own, cut over the student's vocabulary ranges, so that row i of both heads is the same token."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], mesh: Mesh):
+        self._chunks, self._mesh = [chunk.requires_grad_(False).eval() for chunk in chunks], mesh
+
+    def active(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        return nullcontext(self._chunks)
+
+    def update(self) -> None:
+        pass
+
+    def head_weight(self) -> Tensor | None:
+        return head_weight(self._chunks[-1]) if self._mesh.is_last_stage else None
+
+    def tensors(self) -> list[dict[str, Tensor]] | None:
+        return None
 
 
 def build_teacher(

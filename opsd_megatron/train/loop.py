@@ -28,7 +28,7 @@ def fit(config: RunConfig, watch: Callable[[Mesh], AbstractContextManager] = nul
             clock.lap("time/rollout_s")
 
             layout = lay_out(rollouts, mesh, config.batch, run.architecture.pair_cost)
-            teacher_hidden = score_responses(run.chunks, teacher, layout, mesh) if objective.needs_teacher else None
+            teacher_hidden = score_responses(teacher, layout, mesh) if objective.needs_teacher else None
             clock.lap("time/teacher_s")
 
             run.zero_gradients()

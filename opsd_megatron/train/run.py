@@ -17,7 +17,6 @@ from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.errors import ConfigError, ServerError, UserError
 from opsd_megatron.models.architecture import read_architecture
 from opsd_megatron.models.build import build_model
-from opsd_megatron.models.teacher import build_teacher
 from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
 from opsd_megatron.parallel.mesh import build_mesh
@@ -28,6 +27,7 @@ from opsd_megatron.train.progress import ProgressLine
 from opsd_megatron.train.record import RunRecord, describe_run
 from opsd_megatron.train.sampling import Sampling
 from opsd_megatron.train.stop import StopSignal
+from opsd_megatron.train.teacher import make_teacher
 from opsd_megatron.train.weight_sync import publish, version_name
 from opsd_megatron.types import PromptPair, Rollout
 
@@ -51,11 +51,11 @@ class Run:
         dtype = DTYPES[config.model.dtype]
         modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
-        self.teacher = build_teacher(config.teacher, modules, self.mesh)
-        self.chunks, self.optimizer = make_trainable(modules, self.mesh, config.optimizer, dtype)
-        self.objective = build_objective(
-            config.objective, config.rollout.temperature, self.mesh.tp, self.architecture.vocab_size
+        self.teacher, vocab_size = make_teacher(
+            config.teacher, modules, self.architecture, self.tokenizer, self.mesh, dtype
         )
+        self.chunks, self.optimizer = make_trainable(modules, self.mesh, config.optimizer, dtype)
+        self.objective = build_objective(config.objective, config.rollout.temperature, self.mesh.tp, vocab_size)
         self.on_policy = isinstance(config.objective, Distill)
         self.step = self._resume()
         self.sampling = Sampling(config, self.tokenizer, self.mesh)

@@ -14,14 +14,12 @@ from opsd_megatron.parallel.mesh import Mesh
 from opsd_megatron.train.layout import StepLayout
 
 
-def score_responses(
-    chunks: Sequence[nn.Module], teacher: Teacher, layout: StepLayout, mesh: Mesh
-) -> list[Float[Tensor, "head_rows hidden"]] | None:
+def score_responses(teacher: Teacher, layout: StepLayout, mesh: Mesh) -> list[Float[Tensor, "head_rows hidden"]] | None:
     """For each student microbatch the teacher's hidden rows that this rank's head needs; None off the last stage.
 
     The teacher runs without grad in its own layout: every cp rank scores other samples.
     """
-    with teacher.active():
+    with teacher.active() as chunks:
         rows = score(chunks, layout.teacher, mesh)
     if rows is None:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from opsd_megatron.config import BatchConfig, Distill, LiveTeacher, OptimizerConfig, ParallelConfig
+from opsd_megatron.config import BatchConfig, Distill, LiveTeacher, OptimizerConfig, OtherTeacher, ParallelConfig
 from opsd_megatron.types import PromptPair, Rollout, Turn, VersionSpan
 from tests.tiny_models import VOCAB
 
@@ -70,21 +70,28 @@ def parallel_step(
     batch: BatchConfig = BATCH,
     recompute: str = "none",
     distributed_optimizer: bool = False,
+    teacher_directory: Path | None = None,
 ) -> Measured:
-    """Loss and gradients of the global mean over dp replicas that share the rollouts out, with the live teacher."""
+    """Loss and gradients of the global mean over dp replicas that share the rollouts out.
+
+    The teacher is the live one, or the model in `teacher_directory`.
+    """
     before = torch.get_default_dtype()
     if dtype == torch.float64:
         torch.set_default_dtype(dtype)  # core divides gradients by 1.0 / count, which is of the default dtype
     try:
-        return _parallel_step(directory, rollouts, parallel, objective, dtype, batch, recompute, distributed_optimizer)
+        return _parallel_step(
+            directory, rollouts, parallel, objective, dtype, batch, recompute, distributed_optimizer, teacher_directory
+        )
     finally:
         torch.set_default_dtype(before)
 
 
 def _parallel_step(
-    directory, rollouts, parallel, objective, dtype, batch, recompute, distributed_optimizer
+    directory, rollouts, parallel, objective, dtype, batch, recompute, distributed_optimizer, teacher_directory
 ) -> Measured:
     from opsd_megatron.checkpoint.model_weights import export_weights, load_weights
+    from opsd_megatron.data.tokenizer import load_tokenizer
     from opsd_megatron.models.architecture import read_architecture
     from opsd_megatron.models.build import build_model
     from opsd_megatron.models.teacher import build_teacher
@@ -94,19 +101,23 @@ def _parallel_step(
     from opsd_megatron.train.layout import lay_out
     from opsd_megatron.train.optimizer import make_trainable
     from opsd_megatron.train.step import score_responses, student_pass
+    from opsd_megatron.train.teacher import make_teacher
 
     mesh = build_mesh(parallel)
     architecture = read_architecture(directory)
     modules = build_model(architecture, mesh, dtype, recompute)
     load_weights(modules, architecture, directory, mesh)
-    teacher = build_teacher(LiveTeacher(), modules, mesh)
+    teacher, vocab_size = build_teacher(LiveTeacher(), modules, mesh), architecture.vocab_size
+    if teacher_directory is not None:
+        other = OtherTeacher(teacher_directory)
+        teacher, vocab_size = make_teacher(other, modules, architecture, load_tokenizer(directory), mesh, dtype)
     chunks, optimizer = make_trainable(modules, mesh, OptimizerConfig(distributed=distributed_optimizer), dtype)
     share = [
         rollout for number, rollout in enumerate(rollouts) if _replica(number, len(rollouts), mesh) == mesh.dp.rank
     ]
     layout = lay_out(share, mesh, batch)
-    head = build_objective(objective, 1.0, mesh.tp, architecture.vocab_size)
-    teacher_hidden = score_responses(chunks, teacher, layout, mesh)
+    head = build_objective(objective, 1.0, mesh.tp, vocab_size)
+    teacher_hidden = score_responses(teacher, layout, mesh)
     for chunk in chunks:
         chunk.zero_grad_buffer()
     sums = student_pass(chunks, layout, head, teacher_hidden, teacher.head_weight(), mesh)
