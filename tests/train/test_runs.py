@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(world) -> dict[int, float]:
-    assert world.finish("whole", 2, *CP2) == 0, world.log("whole")
+    assert world.finish("whole", 2, *CP2, "--checkpoint.keep", "3") == 0, world.log("whole")
     losses = world.losses("whole")
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     return losses
@@ -57,7 +57,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_losses_bit_for_bit(world
 
 
 def test_a_run_goes_on_under_another_layout(world, uninterrupted):
-    assert world.finish("moved", 2, *CP2, "--steps", "2", "--checkpoint.every-steps", "0") == 0, world.log("moved")
+    shutil.copytree(world.directory / "whole" / "step_000002", world.directory / "moved" / "step_000002")
     assert world.finish("moved", 4, "--parallel.tp", "2", "--parallel.pp", "2") == 0, world.log("moved")
     losses = world.losses("moved")
     assert abs(losses[3] - uninterrupted[3]) <= 1e-6
@@ -125,7 +125,8 @@ BAD_INPUT = {  # ranks, flags, what the message must say
 def exit_codes(world):
     """Of a run for each case of BAD_INPUT, two at a time: starting Python is most of what they do."""
     with ThreadPoolExecutor(2) as pool:
-        yield {
+        wrong_token = {"token": pool.submit(world.finish, "bad token", 1, token="wrong")}
+        yield wrong_token | {
             case: pool.submit(world.finish, "bad " + case, ranks, *flags)
             for case, (ranks, flags, _) in BAD_INPUT.items()
         }
@@ -155,6 +156,6 @@ def test_a_server_with_another_tokenizer_is_refused(world, tmp_path):
     assert_refused(world, "tokenizer", f"the server at {server.url} has")
 
 
-def test_a_wrong_token_is_refused(world):
-    assert world.finish("token", 1, token="wrong") != 0
-    assert_refused(world, "token", "does not accept this bearer token")
+def test_a_wrong_token_is_refused(world, exit_codes):
+    assert exit_codes["token"].result() != 0
+    assert_refused(world, "bad token", "does not accept this bearer token")
