@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import random
+import ssl
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,19 +45,32 @@ class EmbeddedBackend:
     ):
         """`timeout_s`: longest wait for a reply; `max_concurrent`: requests that `generate` has open at once."""
         self.url, self.retry_s = url.rstrip("/"), retry_s
-        self._max_concurrent = max_concurrent
         self._bucket = 0
         self._vocab_size: int | None = None
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(timeout_s, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=max_concurrent + 2, max_keepalive_connections=max_concurrent + 2),
-            trust_env=False,
-        )
+        self._token, self._timeout_s = token, timeout_s
+        self._tls = ssl.create_default_context()
+        self._own, self._clients = threading.local(), []
+        self._pool = ThreadPoolExecutor(max_concurrent, thread_name_prefix="rollout")
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+    @property
+    def _http(self) -> httpx.Client:
+        """This thread's client: in a shared one a thread may close, as expired, the connection that another thread has
+        just been given (httpcore 1.0.9), which then waits for its reply until the timeout."""
+        if not hasattr(self._own, "client"):
+            self._own.client = httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {self._token}"},
+                timeout=httpx.Timeout(self._timeout_s, connect=CONNECT_S),
+                trust_env=False,
+                verify=self._tls,
+            )
+            self._clients.append(self._own.client)
+        return self._own.client
 
     def __enter__(self) -> "EmbeddedBackend":
         return self
@@ -91,14 +106,12 @@ class EmbeddedBackend:
             return []
         if self._vocab_size is None:
             self._vocab_size = self.info().vocab_size
-        workers = min(len(requests), self._max_concurrent)
-        with ThreadPoolExecutor(workers, thread_name_prefix="rollout") as pool:
-            futures = [pool.submit(self._generate_one, request) for request in requests]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        futures = [self._pool.submit(self._generate_one, request) for request in requests]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def pause(self, mode: Literal["keep", "wait", "abort"]) -> None:
         self._call("POST", f"/pause?mode={mode}", timeout=UPDATE_S)
@@ -149,8 +162,7 @@ class EmbeddedBackend:
 
     def _call(self, method: str, path: str, **arguments) -> Any:
         """The parsed JSON of the reply."""
-        deadline = time.monotonic() + self.retry_s
-        attempt = 0
+        deadline, attempt = None, 0
         while True:
             try:
                 response = self._http.request(method, path, **arguments)
@@ -160,7 +172,9 @@ class EmbeddedBackend:
             except (httpx.TransportError, httpx.RemoteProtocolError) as error:
                 problem = f"{type(error).__name__}: {error}"
             pause = random.uniform(0, min(0.25 * 2**attempt, 5.0))
-            if time.monotonic() + pause > deadline:
+            now = time.monotonic()
+            deadline = deadline or now + self.retry_s  # from the first failure: a reply may take long to fail to come
+            if now + pause > deadline:
                 raise ServerUnreachable(
                     f"{method} {self.url}{path}: {problem}, for {self.retry_s:.0f} s; is the server running, and is "
                     "rollout.url its address?"

@@ -8,6 +8,7 @@ from opsd_megatron.config import RolloutConfig
 from opsd_megatron.rollout.backend import (
     GenerateResult,
     MalformedReply,
+    RolloutBackend,
     Sample,
     ServerRefused,
     WrongWeightVersion,
@@ -21,8 +22,8 @@ CONFIG = RolloutConfig(samples_per_prompt=2, max_response_tokens=5)
 SEEDED = RolloutConfig(samples_per_prompt=2, max_response_tokens=5, seeded=True)
 
 
-class Scripted:
-    """A RolloutBackend that makes up responses; `spoil` may replace the samples of a call."""
+class Scripted(RolloutBackend):
+    """Makes up responses; `spoil` may replace the samples of a call."""
 
     def __init__(self, spoil=lambda call, request, samples: samples):
         self.spoil, self.calls, self.asked = spoil, 0, []
