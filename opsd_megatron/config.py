@@ -152,6 +152,12 @@ class Distill:
     """D(student || teacher) for reverse, student first everywhere. sampled knows reverse only."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of jsd."""
+    top_k: int | None = None
+    """Compare the teacher's k likeliest tokens and all others as one outcome, reverse or forward; None: every token."""
+    student_temperature: float | None = None
+    """Of the student's distribution in the loss; None is the rollouts'."""
+    teacher_temperature: float | None = None
+    """Of the teacher's; None is the rollouts'."""
     importance_cap: float | None = 2.0
     """Cap of the train/rollout probability ratio that weights each token of the sampled estimator; None: weight 1."""
     chunk_tokens: int = 256
@@ -163,6 +169,13 @@ class Distill:
             f"objective.estimator=sampled knows objective.direction=reverse only, got {self.direction}",
         )
         _require(0 < self.jsd_beta < 1, f"objective.jsd_beta={self.jsd_beta}: strictly between 0 and 1")
+        _require(
+            self.top_k is None or (self.top_k >= 1 and self.estimator == "full" and self.direction != "jsd"),
+            f"objective.top_k={self.top_k}: 1 or more, with estimator=full and direction=reverse or forward",
+        )
+        for name in ("student_temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"objective.{name}={value}: above 0, or None for the rollouts'")
         _require(self.chunk_tokens >= 1, f"objective.chunk_tokens={self.chunk_tokens}: 1 or more")
 
 
@@ -225,6 +238,8 @@ class OptimizerConfig:
     """Global L2 norm above which gradients are scaled down; 0 is off."""
     distributed: bool = True
     """Cut optimizer states over dp x cp."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over dp x cp bucket by bucket while the backward pass goes on."""
     cpu_offload: bool = False
     """Keep optimizer states in host memory (CUDA only): a 32B model with Adam needs it on 8 x 80 GB."""
 

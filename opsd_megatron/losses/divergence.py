@@ -1,84 +1,72 @@
-"""Divergences of two next-token distributions cut over the vocabulary, and their gradients, for one chunk of rows.
+"""Divergences of two next-token distributions cut over the vocabulary, and their gradients, for one block of rows.
 
 Notation: p student, q teacher, d = log p - log q; sums run over the real vocabulary of all tp ranks.
     reverse   D(p || q) = sum p d
     forward   D(q || p) = - sum q d
     jsd       (1 - b) D(p || m) + b D(q || m),   m = (1 - b) p + b q,   b = jsd_beta
+    top k     reverse or forward over k + 1 outcomes: the k tokens that the teacher finds most likely, and all others
 
 With s = dD/dp taken for each token (any constant may be added to it), the gradient for the student's logits is
-p s - p sum(p s). For reverse s = d, for jsd s = (1 - b) log(p / m), for forward p s = p - q as it stands.
+p s - p sum(p s). For reverse s = d, for jsd s = (1 - b) log(p / m), for forward it is p - q. Over outcomes s of a token
+is that of its outcome.
 
 Where the distributions nearly agree, sum p d is small beside the rounding of the two log-sum-exps inside d, which is
 of first order. sum(p d) - sum(p - q) has the same value, since p and q both sum to 1, and that error enters it in
 second order only: equal logits give exactly 0, and divergences of 1e-9 nats can be told from rounding in float32.
 p - q must then carry d's own rounding and is built from it: p - q = max(p, q) * sign(d) * (1 - exp(-|d|)).
 
-Functions whose name ends in an underscore overwrite the logits given to them.
+The work is bound by memory: tensors as large as the logits are few, given by the caller and written in place.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opsd_megatron.parallel.axis import Axis
+from opsd_megatron.config import Distill
+from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.reduce import max_over, sum_over
 
 _LARGEST_LOG_RATIO = 80.0  # exp of it is finite in float32
 
-
-@dataclass(frozen=True)
-class VocabShard:
-    """The columns [start, start + width) of the vocabulary on this tp rank, padding left out; width may be 0."""
-
-    start: int
-    width: int
-    tp: Axis
-
-    @classmethod
-    def of(cls, held: int, vocab_size: int, tp: Axis) -> "VocabShard":
-        """Of a rank that holds `held` rows of the LM head, when the first `vocab_size` of all are real.
-
-        Raises ValueError when the ranks together hold fewer than `vocab_size`.
-        """
-        if held * tp.size < vocab_size:
-            raise ValueError(
-                f"the LM head holds {held} rows on each of {tp.size} tp ranks, fewer than vocab_size {vocab_size}; "
-                f"give this rank's shard of the head and the vocabulary size of the same model"
-            )
-        start = tp.rank * held
-        return cls(start, max(0, min(held, vocab_size - start)), tp)
+SPARE_BUFFERS = 3
+"""As large as the logits: what `compare_` works in beside them."""
 
 
 class Comparison(NamedTuple):
-    """Student against teacher at every row. The first five are sums over tp, in nats; the rest is for the gradient."""
+    """Student against teacher at every row, in nats, the same on every tp rank."""
 
     divergence: Float[Tensor, "rows"]
+    """In the objective's direction."""
     reverse_kl: Float[Tensor, "rows"]
+    """Over the whole vocabulary, whatever the objective."""
     entropy: Float[Tensor, "rows"]
+    """Of the student."""
     student_logprob: Float[Tensor, "rows"]
     teacher_logprob: Float[Tensor, "rows"]
-    probs: Float[Tensor, "rows vocab_shard"]
-    """p."""
-    weighted_slope: Float[Tensor, "rows vocab_shard"] | None
-    """p dD/dp, if asked for."""
-    slope_mean: Float[Tensor, "rows"]
-    """Its sum over the vocabulary."""
+    """Of the targets."""
 
 
-def log_softmax_(
-    shard: VocabShard, scratch: Float[Tensor, "rows vocab_shard"], *logits: Float[Tensor, "rows vocab_shard"]
-) -> None:
-    """Makes logits log-probabilities: one max and one sum all-reduce over tp for all the tensors together."""
+def softmax_(
+    shard: VocabShard,
+    logits: Sequence[Float[Tensor, "rows vocab_shard"]],
+    probs: Sequence[Float[Tensor, "rows vocab_shard"]],
+) -> Float[Tensor, "distributions rows"]:
+    """Fills `probs` with the softmax of each of `logits`, which are shifted by their row maxima.
+
+    Returns logarithms that turn the shifted logits to log-probabilities when subtracted. One max and one sum
+    all-reduce over tp for all distributions together.
+    """
     peaks = max_over(torch.stack([_row_max(one) for one in logits]), shard.tp)
-    shifted = [one.sub_(peak[:, None]) for one, peak in zip(logits, peaks, strict=True)]
-    totals = torch.stack([torch.exp(one, out=scratch).sum(-1) for one in shifted])
-    for one, total in zip(logits, sum_over(totals, shard.tp), strict=True):
-        one.sub_(total.log()[:, None])
+    for one, peak, prob in zip(logits, peaks, probs, strict=True):
+        torch.exp(one.sub_(peak[:, None]), out=prob)
+    totals = sum_over(torch.stack([prob.sum(-1) for prob in probs]), shard.tp)
+    for prob, total in zip(probs, totals, strict=True):
+        prob.mul_(total.reciprocal()[:, None])
+    return totals.log()
 
 
 def compare_(
@@ -87,64 +75,59 @@ def compare_(
     spare: Sequence[Float[Tensor, "rows vocab_shard"]],
     targets: Int[Tensor, "rows"],
     shard: VocabShard,
-    direction: Literal["reverse", "forward", "jsd"],
-    jsd_beta: float,
-    with_slope: bool,
+    objective: Distill,
+    with_gradient: bool,
 ) -> Comparison:
-    """D(student || teacher) in the given direction, the entropy of the student and both log-probs of the targets.
+    """D(student || teacher) as the objective wants it, the student's entropy and both log-probs of the targets.
 
-    Three all-reduces over tp of a few numbers per row. It works in place of the logits and of two `spare` tensors, on
-    which the result keeps standing; jsd takes three more for a while.
+    With gradient, `student_logits` become dD/dlogits of each row, or d(-log p(target))/dlogits for the sampled
+    estimator. Everything else that is given is overwritten: the teacher's logits and SPARE_BUFFERS like them; jsd takes
+    three more for a while. Three all-reduces over tp of a few numbers per row, and three more for top k.
     """
-    p, scratch = spare
-    log_softmax_(shard, scratch, student_logits, teacher_logits)
-    log_p, log_q = student_logits, teacher_logits
-    torch.exp(log_p, out=p)
-    student_logprob, teacher_logprob = pick_local(log_p, targets, shard), pick_local(log_q, targets, shard)
-    entropy = -_row_dot(p, log_p, scratch)
+    p, q, scratch = spare
+    kind = objective.direction if objective.top_k is None else "top k"
+    kind = kind if objective.estimator == "full" else "sampled"
+    of_target = targets[:, None]
+    log_total, teacher_log_total = softmax_(shard, (student_logits, teacher_logits), (p, q))
+    # each rank's part of -sum p log p, without the term that all ranks know
+    local = [-_row_dot(p, student_logits, scratch)]
+    local += [shard.pick(logits, of_target)[:, 0] for logits in (student_logits, teacher_logits)]
+    outcomes = _likeliest(teacher_logits, objective.top_k, shard) if objective.top_k is not None else of_target
 
-    d, q = log_p.sub_(log_q), log_q.exp_()
-    q_dot_d = _row_dot(q, d, scratch) if direction == "forward" else 0
-    to_mixture = _mixture_terms(p, q, d, jsd_beta, scratch) if direction == "jsd" else None
-    p_minus_q = _difference_(p, q, d, scratch)
+    d = student_logits.sub_(teacher_logits).sub_((log_total - teacher_log_total)[:, None])
+    p_minus_q = _difference_(p, q, d, teacher_logits, scratch)
     excess = p_minus_q.sum(-1)
-    weighted_slope = torch.mul(p, d, out=scratch)
-    divergence = reverse_kl = weighted_slope.sum(-1) - excess
-    if direction == "forward":
-        divergence, weighted_slope = excess - q_dot_d, p_minus_q
-    elif to_mixture is not None:
-        divergence, weighted_slope = to_mixture
+    slope_mean = d.mul_(p).sum(-1) if kind == "reverse" else _row_dot(p, d, scratch)
+    divergence = reverse_kl = slope_mean - excess
+    if kind == "forward":
+        divergence = excess - _row_dot(q, d, scratch)
+    elif kind == "jsd":
+        divergence, slope_mean = _jsd_(p, q, d, objective.jsd_beta, scratch)
 
-    slope_mean = weighted_slope.sum(-1) if with_slope else torch.zeros_like(entropy)
-    local = torch.stack([divergence, reverse_kl, entropy, student_logprob, teacher_logprob, slope_mean])
-    *in_nats, slope_mean = sum_over(local, shard.tp).unbind()
-    return Comparison(*in_nats, probs=p, weighted_slope=weighted_slope if with_slope else None, slope_mean=slope_mean)
-
-
-def pick_local(
-    values: Float[Tensor, "rows vocab_shard"], targets: Int[Tensor, "rows"], shard: VocabShard
-) -> Float[Tensor, "rows"]:
-    """The value in each row's target column, 0 where another tp rank holds that column: sum over tp."""
-    if not shard.width:
-        return values.new_zeros(values.shape[0])
-    column, here = _local_column(targets, shard)
-    return torch.where(here, values.gather(1, column[:, None])[:, 0], 0)
-
-
-def divergence_gradient_(comparison: Comparison) -> Float[Tensor, "rows vocab_shard"]:
-    """dD/dlogits of each row."""
-    assert comparison.weighted_slope is not None
-    return comparison.weighted_slope.addcmul_(comparison.probs, comparison.slope_mean[:, None], value=-1)
+    summed = sum_over(torch.stack([*local, divergence, reverse_kl, slope_mean]), shard.tp)
+    cross, student_pick, teacher_pick, divergence, reverse_kl, slope_mean = summed
+    if kind == "top k":
+        divergence = _compare_outcomes_(d, p, q, outcomes, shard, objective.direction, with_gradient)
+    elif with_gradient and kind == "sampled":
+        negative_logprob_gradient_(student_logits, p, targets, shard)
+    elif with_gradient and kind == "forward":
+        student_logits.copy_(p_minus_q)
+    elif with_gradient:
+        student_logits.addcmul_(p, slope_mean[:, None], value=-1)
+    return Comparison(
+        divergence, reverse_kl, cross + log_total, student_pick - log_total, teacher_pick - teacher_log_total
+    )
 
 
 def negative_logprob_gradient_(
-    probs: Float[Tensor, "rows vocab_shard"], targets: Int[Tensor, "rows"], shard: VocabShard
-) -> Float[Tensor, "rows vocab_shard"]:
-    """d(-log p(target))/dlogits = p - onehot(target) of each row, in place of p."""
-    if shard.width:
-        column, here = _local_column(targets, shard)
-        probs.scatter_add_(1, column[:, None], -here.to(probs.dtype)[:, None])
-    return probs
+    gradient: Float[Tensor, "rows vocab_shard"],
+    probs: Float[Tensor, "rows vocab_shard"],
+    targets: Int[Tensor, "rows"],
+    shard: VocabShard,
+) -> None:
+    """Makes `gradient` d(-log p(target))/dlogits = p - onehot(target)."""
+    gradient.copy_(probs)
+    shard.add_(gradient, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
 
 
 def _row_max(values: Tensor) -> Tensor:
@@ -156,21 +139,19 @@ def _row_dot(first: Tensor, second: Tensor, scratch: Tensor) -> Tensor:
     return torch.mul(first, second, out=scratch).sum(-1)
 
 
-def _difference_(p: Tensor, q: Tensor, d: Tensor, scratch: Tensor) -> Tensor:
-    """p - q, consistent with the rounding of d; overwrites q."""
-    shrinkage = torch.abs(d, out=scratch).neg_().expm1_().copysign_(d)  # sign(d) * (1 - exp(-|d|))
-    return torch.maximum(p, q, out=q).mul_(shrinkage)
+def _difference_(p: Tensor, q: Tensor, d: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    """p - q, consistent with the rounding of d."""
+    shrinkage = torch.copysign(d, -1.0, out=scratch).expm1_().copysign_(d)  # sign(d) * (1 - exp(-|d|))
+    return torch.maximum(p, q, out=out).mul_(shrinkage)
 
 
-def _mixture_terms(p: Tensor, q: Tensor, d: Tensor, beta: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the JSD, and p dD/dp."""
+def _jsd_(p: Tensor, q: Tensor, d: Tensor, beta: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the JSD and of sum p dD/dp; d becomes p dD/dp."""
     # not log(p / m) - d: where p is far below q that difference of large numbers is all that counts
-    log_q_over_m = _log_ratio_to_mixture(d.neg(), 1 - beta)
-    to_teacher = _row_dot(q, log_q_over_m, scratch)
-    del log_q_over_m
-    log_p_over_m = _log_ratio_to_mixture(d, beta)
-    jsd = (1 - beta) * _row_dot(p, log_p_over_m, scratch) + beta * to_teacher
-    return jsd, log_p_over_m.mul_(p).mul_(1 - beta)
+    to_teacher = _row_dot(q, _log_ratio_to_mixture(d.neg(), 1 - beta), scratch)
+    weighted_slope = torch.mul(_log_ratio_to_mixture(d, beta), p, out=d).mul_(1 - beta)
+    slope_mean = weighted_slope.sum(-1)
+    return slope_mean + beta * to_teacher, slope_mean
 
 
 def _log_ratio_to_mixture(d: Tensor, beta: float) -> Tensor:
@@ -180,6 +161,47 @@ def _log_ratio_to_mixture(d: Tensor, beta: float) -> Tensor:
     return rest.sub_(clamped.neg_().expm1_().mul_(beta).log1p_())
 
 
-def _local_column(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    column = targets - shard.start
-    return column.clamp(0, shard.width - 1), (column >= 0) & (column < shard.width)
+def _likeliest(logits: Tensor, count: int, shard: VocabShard) -> Tensor:
+    """[rows, count]: the tokens with the largest logits of all tp ranks, the same and in the same order on each."""
+    if count >= shard.vocab_size:
+        raise ValueError(
+            f"objective.top_k={count} leaves nothing of a vocabulary of {shard.vocab_size} tokens to the rest; lower it"
+        )
+    values, tokens = logits.topk(min(count, shard.width))
+    tokens = tokens + shard.start
+    if shard.tp.size == 1:
+        return tokens
+    # every rank fills its own slots, so that the sum over ranks is all of them one after the other
+    slots = logits.new_full((shard.tp.size, len(logits), count), 0.0)
+    slots[shard.tp.rank] = -math.inf
+    slots[shard.tp.rank, :, : values.shape[1]] = values
+    named = tokens.new_zeros(slots.shape)
+    named[shard.tp.rank, :, : values.shape[1]] = tokens
+    slots, named = (sum_over(one, shard.tp).transpose(0, 1).flatten(1) for one in (slots, named))
+    return named.gather(1, slots.topk(count).indices)
+
+
+def _compare_outcomes_(
+    d: Tensor, p: Tensor, q: Tensor, tokens: Tensor, shard: VocabShard, direction: str, with_gradient: bool
+) -> Tensor:
+    """The divergence over `tokens` [rows, k] and everything else as one outcome; d becomes its gradient."""
+    picked = torch.stack([shard.pick(one, tokens) for one in (p, q, d)])
+    for rest, own in zip((p, q), picked, strict=False):
+        shard.add_(rest, tokens, -own)  # p - p is exactly 0
+    tails = torch.stack([p.sum(-1), q.sum(-1), d.new_zeros(len(d))])
+    p_out, q_out, d_out = sum_over(torch.cat([picked, tails[..., None]], -1), shard.tp)
+    least = torch.finfo(p.dtype).tiny  # of a tail: what lies below is lost to underflow already
+    p_tail, q_tail = p_out[:, -1].clamp(min=least), q_out[:, -1].clamp(min=least)
+    d_out[:, -1] = (p_tail / q_tail).log()
+    difference = _difference_(p_out, q_out, d_out, torch.empty_like(d_out), torch.empty_like(d_out))
+    if direction == "reverse":
+        slope_mean = (p_out * d_out).sum(-1)
+        divergence = slope_mean - difference.sum(-1)
+        gradient = p_out * (d_out - slope_mean[:, None])
+    else:
+        divergence = difference.sum(-1) - (q_out * d_out).sum(-1)
+        gradient = difference
+    if with_gradient:
+        torch.mul(p, (gradient[:, -1] / p_tail)[:, None], out=d)  # the tail's gradient falls to its tokens by p
+        shard.add_(d, tokens, gradient[:, :-1])
+    return divergence

@@ -8,16 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsd_megatron.config import Distill
-from opsd_megatron.losses.chunked import ChunkedPass, gradient_dtype, project, run_chunks
+from opsd_megatron.losses.chunked import ChunkedPass, Distribution, gradient_dtype, run_chunks
 from opsd_megatron.losses.divergence import (
+    SPARE_BUFFERS,
     Comparison,
-    VocabShard,
     compare_,
-    divergence_gradient_,
-    log_softmax_,
     negative_logprob_gradient_,
-    pick_local,
+    softmax_,
 )
+from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.reduce import sum_over
 
@@ -29,9 +28,9 @@ class HeadResult:
     loss_sum: Float[Tensor, ""]
     """Differentiable for hidden states and head of the student; equal on every tp rank."""
     divergence: Float[Tensor, "rows"]
-    """Exact divergence in the objective's direction."""
+    """Exact divergence in the objective's direction, over its outcomes."""
     reverse_kl: Float[Tensor, "rows"]
-    """Exact D(student || teacher), whatever the loss."""
+    """Exact D(student || teacher) over the vocabulary, whatever the loss."""
     student_logprob: Float[Tensor, "rows"]
     teacher_logprob: Float[Tensor, "rows"]
     """Of the response tokens."""
@@ -68,34 +67,32 @@ def distill_head(
 ) -> HeadResult:
     """Sum over rows of weight times the distillation loss, from hidden states after the final norm.
 
-    full: the exact divergence. sampled (OPSDL Eq. 3 and 4): -sg(r A) log p(y) with A = log q(y) - log p(y) and
-    r = min(p(y) / behaviour(y), importance_cap). Both distributions are taken at `temperature`. Columns at or beyond
-    `vocab_size` are padding and never computed. Hidden states are equal on all tp ranks, and so is the gradient that
-    they get back; weights are this rank's shard. No rows: a connected loss of 0 with zero gradients.
+    full: the exact divergence, or that over `top_k` outcomes and the rest. sampled (OPSDL Eq. 3 and 4):
+    -sg(r A) log p(y) with A = log q(y) - log p(y) and r = min(p(y) / behaviour(y), importance_cap). `temperature`, the
+    rollouts', is that of both distributions where the objective has none of its own.
+
+    The `vocab_size` tokens that both models know are columns of both heads; columns beyond are padding and never
+    computed. Weights are this rank's shards; the student's says which tokens are on a rank, and the teacher's must
+    begin at the same token and may hold more or fewer rows of padding. Hidden states are equal on all tp ranks, and so
+    is the gradient that they get back. No rows: a connected loss of 0 with zero gradients. `run_chunks` says where the
+    head's gradient goes.
     """
     shard = VocabShard.of(student_weight.shape[0], vocab_size, tp)
     _check_targets(targets, vocab_size)
-    _check_heads(student_weight, teacher_weight)
-    teacher_rows, teacher_columns = teacher_hidden.detach(), teacher_weight.detach()[: shard.width]
+    _check_teacher(teacher_weight, shard)
     exact = gradient_dtype(student_hidden)
     weights, behaviour_logprobs = weights.to(exact), behaviour_logprobs.to(exact)
-    full = objective.estimator == "full"
+    student_temperature = objective.student_temperature or temperature
+    teacher_temperature = objective.teacher_temperature or temperature
+    teacher = Distribution(teacher_hidden.detach(), teacher_weight.detach()[: shard.width], teacher_temperature)
 
     def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         student_logits, teacher_logits, *spare = buffers
-        project(teacher_rows[rows], teacher_columns, temperature, teacher_logits)
-        direction, beta, with_slope = objective.direction, objective.jsd_beta, with_gradient and full
-        compared = compare_(student_logits, teacher_logits, spare, targets[rows], shard, direction, beta, with_slope)
-        values, scale = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
-        if not with_gradient:
-            return values, None
-        if full:
-            gradient = divergence_gradient_(compared)
-        else:
-            gradient = negative_logprob_gradient_(compared.probs, targets[rows], shard)
-        return values, gradient.mul_(scale[:, None])
+        compared = compare_(student_logits, teacher_logits, spare, targets[rows], shard, objective, with_gradient)
+        values, factor = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
+        return values, factor if with_gradient else None
 
-    plan = ChunkedPass(score, 8, 4, shard, temperature, objective.chunk_tokens)
+    plan = ChunkedPass(score, 8, (teacher,), SPARE_BUFFERS, shard, student_temperature, objective.chunk_tokens)
     loss_sum, values = run_chunks(student_hidden, student_weight, plan)
     _, divergence, reverse_kl, entropy, student_logprob, teacher_logprob, advantage, importance = values
     return HeadResult(
@@ -115,12 +112,11 @@ def _weigh(
     else:
         if objective.importance_cap is not None:
             ratio = (compared.student_logprob - behaviour_logprobs).exp().clamp(max=objective.importance_cap)
-            importance = torch.where(
-                weights == 0, 1, ratio
-            )  # a token that nobody sampled may have any log-prob, or NaN
+            # a token that nobody sampled may have any log-prob, or NaN
+            importance = torch.where(weights == 0, 1, ratio)
         scale = weights * importance * advantage
         loss = -scale * compared.student_logprob
-    return torch.stack([loss, *compared[:5], advantage, importance]), scale
+    return torch.stack([loss, *compared, advantage, importance]), scale
 
 
 def cross_entropy_head(
@@ -140,18 +136,19 @@ def cross_entropy_head(
     weights = weights.to(gradient_dtype(hidden))
 
     def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        logits, probs = buffers
-        log_softmax_(shard, probs, logits)
-        torch.exp(logits, out=probs)
-        local = torch.stack([pick_local(logits, targets[rows], shard), -logits.mul_(probs).sum(-1)])
-        logprob, entropy = sum_over(local, tp)
+        logits, probs, scratch = buffers
+        (log_total,) = softmax_(shard, (logits,), (probs,))
+        picked = shard.pick(logits, targets[rows, None])[:, 0]
+        picked, cross = sum_over(torch.stack([picked, -torch.mul(logits, probs, out=scratch).sum(-1)]), tp)
+        logprob, entropy = picked - log_total, cross + log_total
         values = torch.stack([-weights[rows] * logprob, logprob, entropy])
         if not with_gradient:
             return values, None
-        gradient = negative_logprob_gradient_(probs, targets[rows], shard)
-        return values, gradient.mul_(weights[rows, None])
+        negative_logprob_gradient_(logits, probs, targets[rows], shard)
+        return values, weights[rows]
 
-    loss_sum, values = run_chunks(hidden, weight, ChunkedPass(score, 3, 2, shard, temperature, chunk_tokens))
+    plan = ChunkedPass(score, 3, (), 2, shard, temperature, chunk_tokens)
+    loss_sum, values = run_chunks(hidden, weight, plan)
     return CrossEntropyResult(loss_sum, values[1], values[2])
 
 
@@ -189,9 +186,10 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_heads(student_weight: Tensor, teacher_weight: Tensor) -> None:
-    if student_weight.shape[0] != teacher_weight.shape[0]:
+def _check_teacher(weight: Tensor, shard: VocabShard) -> None:
+    if weight.shape[0] < shard.width:
         raise ValueError(
-            f"the student's LM head has {student_weight.shape[0]} rows on this rank, the teacher's "
-            f"{teacher_weight.shape[0]}: both must be cut alike, so that a row is the same token"
+            f"the teacher's LM head has {weight.shape[0]} rows on this rank, the student's tokens here are "
+            f"{shard.start} to {shard.start + shard.width - 1}: cut the teacher's head at the student's tokens, so "
+            f"that a row is the same token"
         )

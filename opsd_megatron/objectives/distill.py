@@ -20,7 +20,7 @@ class DistillObjective:
 
     config: Distill
     temperature: float
-    """Of the rollouts; student and teacher are scored at it."""
+    """Of the rollouts; student and teacher are scored at it unless the config gives them their own."""
     tp: Axis
     vocab_size: int
     """Real tokens, without padding."""
@@ -70,9 +70,10 @@ class DistillObjective:
             **mean_of("student/entropy_nats", head.entropy, counted),
             **mismatch_metrics(head.student_logprob, responses.behaviour_logprobs, counted),
         }
-        if self.config.direction != "reverse":
-            name = {"forward": "loss/forward_kl_nats", "jsd": "loss/jsd_nats"}[self.config.direction]
-            sums |= mean_of(name, head.divergence, counted)
+        if self.config.direction != "reverse" or self.config.top_k is not None:
+            name = {"reverse": "reverse_kl", "forward": "forward_kl", "jsd": "jsd"}[self.config.direction]
+            over = "" if self.config.top_k is None else "top_k_"
+            sums |= mean_of(f"loss/{over}{name}_nats", head.divergence, counted)
         if self.config.estimator == "sampled" and self.config.importance_cap is not None:
             sums |= mean_of("importance/mean", head.importance, counted)
             sums |= mean_of("importance/clipped_share", head.importance >= self.config.importance_cap, counted)

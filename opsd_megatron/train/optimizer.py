@@ -25,7 +25,7 @@ def make_trainable(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=config.distributed,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.overlap_grad_reduce,
     )
     wrapped: list[Any] = [
         DistributedDataParallel(
@@ -43,6 +43,9 @@ def make_trainable(
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
+        if config.overlap_grad_reduce:  # the schedules hold reductions back until a chunk's last microbatch
+            no_sync = [one.no_sync for one in wrapped]
+            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped, optimizer
 
 

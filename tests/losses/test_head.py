@@ -8,11 +8,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_megatron.config import Distill
+from opsd_megatron.losses import chunked
 from opsd_megatron.losses.head import logprob_head
-from tests.losses.dense import OBJECTIVES, Problem, assert_gradient_close, dense_distillation, make_problem
+from tests.losses.dense import (
+    OBJECTIVES,
+    TOLERANCE,
+    Problem,
+    assert_gradient_close,
+    dense_distillation,
+    gradient_tolerance,
+    make_problem,
+)
 from tests.losses.runs import TP, gradients, run_cross_entropy, run_head, with_leaves
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -23,6 +30,7 @@ def test_loss_and_gradients_equal_dense_float64(name, dtype):
     head = run_head(problem, objective)
     hidden_gradient, weight_gradient = gradients(problem, 0.7 * head.loss_sum)
     torch.testing.assert_close(head.loss_sum.detach().double(), exact.loss_sum, rtol=tolerance / 2, atol=0)
+    tolerance = gradient_tolerance(name, dtype)
     assert_gradient_close(hidden_gradient, 0.7 * exact.hidden_gradient, tolerance)
     assert_gradient_close(weight_gradient[: problem.vocab_size], 0.7 * exact.weight_gradient, tolerance)
     assert weight_gradient[problem.vocab_size :].abs().max() == 0
@@ -52,6 +60,32 @@ def test_loss_and_gradients_do_not_depend_on_the_chunk_size(name):
         cut = run_head(problem, replace(OBJECTIVES[name], chunk_tokens=chunk_tokens))
         torch.testing.assert_close(cut.loss_sum, whole.loss_sum, rtol=1e-13, atol=0)
         torch.testing.assert_close(gradients(problem, cut.loss_sum), expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_neither_do_they_depend_on_parts_and_blocks(monkeypatch, name, dtype):
+    problem, objective = with_leaves(make_problem(dtype=dtype)), replace(OBJECTIVES[name], chunk_tokens=12)
+    whole = run_head(problem, objective)
+    expected = gradients(problem, whole.loss_sum)
+    monkeypatch.setattr(chunked, "PART_ELEMENTS", {"cpu": 5 * 128})
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", {"cpu": 2 * 128})
+    cut = run_head(problem, objective)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(cut.loss_sum, whole.loss_sum, rtol=min(tolerance, 1e-6), atol=0)
+    for one, other in zip(gradients(problem, cut.loss_sum), expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("rows", [101, 109, 240])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_teachers_head_may_have_other_padding(name, rows):
+    problem = with_leaves(make_problem())
+    expected = run_head(problem, OBJECTIVES[name])
+    real = problem.teacher_weight[: problem.vocab_size]
+    padding = real.new_full((rows - problem.vocab_size, real.shape[1]), torch.nan)
+    padded = run_head(replace(problem, teacher_weight=torch.cat([real, padding])), OBJECTIVES[name])
+    assert torch.equal(padded.loss_sum, expected.loss_sum)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -194,10 +228,15 @@ def test_targets_outside_the_vocabulary_are_refused():
         run_head(problem, Distill())
 
 
-def test_heads_cut_differently_are_refused():
+def test_a_top_k_of_the_whole_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="top_k=101 leaves nothing of a vocabulary of 101 tokens"):
+        run_head(make_problem(), Distill(top_k=101))
+
+
+def test_a_teacher_without_all_tokens_is_refused():
     problem = make_problem()
-    problem.teacher_weight = problem.teacher_weight[:120]
-    with pytest.raises(ValueError, match="both must be cut alike"):
+    problem.teacher_weight = problem.teacher_weight[:100]
+    with pytest.raises(ValueError, match="has 100 rows on this rank, the student's tokens here are 0 to 100"):
         run_head(problem, Distill())
 
 

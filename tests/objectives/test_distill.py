@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opsd_megatron.config import Distill, SelfSft
+from opsd_megatron.errors import ConfigError
 from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.distill import DistillObjective, mismatch_metrics
 from opsd_megatron.objectives.metrics import add_metrics, finish_metrics
@@ -59,9 +60,14 @@ def test_metrics_equal_their_definitions_over_tokens_with_a_weight(name):
         "student/logprob_nats": exact.student_logprob[counted].mean(),
         "student/entropy_nats": exact.entropy[counted].mean(),
     }
-    if config.direction != "reverse":
-        metric = {"forward": "loss/forward_kl_nats", "jsd": "loss/jsd_nats"}[config.direction]
-        expected[metric] = exact.divergence[counted].mean()
+    own = {
+        "full forward": "loss/forward_kl_nats",
+        "full jsd": "loss/jsd_nats",
+        "top 5 reverse": "loss/top_k_reverse_kl_nats",
+        "top 5 forward": "loss/top_k_forward_kl_nats",
+    }
+    if name in own:
+        expected[own[name]] = exact.divergence[counted].mean()
     if name == "sampled":
         ratio = (exact.student_logprob - problem.behaviour_logprobs)[counted].exp()
         expected["importance/mean"] = ratio.clamp(max=2).mean()
@@ -139,6 +145,21 @@ def test_distillation_without_a_teacher_is_refused():
     objective = build_objective(Distill(), problem.temperature, TP, problem.vocab_size)
     with pytest.raises(ValueError, match="needs the teacher's hidden states"):
         objective.loss(problem.student_hidden, problem.student_weight, None, None, responses_of(problem))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": 0},
+        {"top_k": 5, "direction": "jsd"},
+        {"top_k": 5, "estimator": "sampled"},
+        {"student_temperature": 0.0},
+        {"teacher_temperature": -1.0},
+    ],
+)
+def test_objectives_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ConfigError, match=rf"objective\.{next(iter(wrong))}="):
+        Distill(**wrong)
 
 
 def test_self_sft_is_built_at_temperature_1_and_needs_no_teacher():
