@@ -16,21 +16,12 @@ from torch import Tensor
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.models.architecture import Architecture, check_layout, padded_vocab
 from opsd_megatron.models.attention import ShardCarrier, TreeAttention
+from opsd_megatron.models.norm import NormRecomputingLayer, RecomputedRmsNorm, RmsNorm
 from opsd_megatron.models.rotary import TreeRotary, attention_factor
-from opsd_megatron.parallel import device as devices
 from opsd_megatron.parallel.context import ContextShard
 from opsd_megatron.parallel.mesh import Mesh
 
-Recompute = Literal["none", "mlp", "full"]
-
-
-class RmsNorm(torch.nn.RMSNorm):
-    """RMSNorm with the arguments of a Megatron norm; core's own wrapper refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused):
-        super().__init__(hidden_size, eps=eps, device=devices.device(), dtype=config.params_dtype)
-        # under sequence parallelism each tp rank sees other tokens: core sums the gradients of weights marked so
-        self.weight.sequence_parallel = config.sequence_parallel
+Recompute = Literal["none", "norms", "mlp", "mlp+norms", "full"]
 
 
 class TreeModel(GPTModel):
@@ -40,11 +31,18 @@ class TreeModel(GPTModel):
     chunk's output is after the final norm; the LM head's weight is there (`head_weight`) but is not applied.
     """
 
-    def __init__(self, architecture: Architecture, mesh: Mesh, config: TransformerConfig, chunk: int | None):
+    def __init__(
+        self,
+        architecture: Architecture,
+        mesh: Mesh,
+        config: TransformerConfig,
+        chunk: int | None,
+        recompute: Recompute,
+    ):
         number = mesh.pp.rank + (chunk or 0) * mesh.pp.size
         super().__init__(
             config,
-            block_spec(config, mesh, chunk),  # type: ignore[arg-type]  # core takes it, its annotation does not
+            block_spec(config, mesh, chunk, recompute),  # type: ignore[arg-type]  # core takes it, its annotation does not
             vocab_size=padded_vocab(architecture, mesh.tp.size),
             max_sequence_length=architecture.max_positions,
             pre_process=number == 0,
@@ -78,18 +76,16 @@ def build_model(
     check_layout(architecture, layout)
     config = transformer_config(architecture, mesh, dtype, recompute)
     stages = [None] if mesh.vpp is None else list(range(mesh.vpp))
-    return [TreeModel(architecture, mesh, config, chunk) for chunk in stages]
+    return [TreeModel(architecture, mesh, config, chunk, recompute) for chunk in stages]
 
 
 def transformer_config(
     architecture: Architecture, mesh: Mesh, dtype: torch.dtype, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """Megatron's config of this network on this mesh."""
-    recomputed = {
-        "none": {},
-        "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+    mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recomputed = {"none": {}, "norms": {}, "mlp": mlp, "mlp+norms": mlp, "full": full}  # norms: see block_spec
     # the interleaved schedule is wrong without an error with core's default of batched transfers: with two stages the
     # previous and the next rank are the same and receives swap (core/pipeline_parallel/p2p_communication.py, 0.16.1)
     interleaved = {} if mesh.vpp is None else {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -128,16 +124,21 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, mesh: Mesh, chunk: int | None, recompute: Recompute
+) -> TransformerBlockSubmodules:
     """The modules of this chunk's layers: core's local ones, with our norm and attention.
 
     The one place that chooses between kinds of layers.
     """
     layer: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    norm = RmsNorm
+    if recompute in ("norms", "mlp+norms"):
+        layer.module, norm = NormRecomputingLayer, RecomputedRmsNorm
     attention = layer.submodules.self_attention
     norms = {"q_layernorm": RmsNorm, "k_layernorm": RmsNorm} if config.qk_layernorm else {}
     attention.submodules = replace(attention.submodules, core_attention=TreeAttention, **norms)
-    layer.submodules = replace(layer.submodules, input_layernorm=RmsNorm, pre_mlp_layernorm=RmsNorm)
+    layer.submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
     layers = [layer] * get_num_layers_to_build(config, chunk, mesh.pp.rank)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm)  # type: ignore[arg-type]
 

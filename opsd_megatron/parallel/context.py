@@ -21,8 +21,6 @@ BALANCED = 1.05
 """Max/mean over ranks, of tokens and of attention pairs, below which cutting nodes further is not worth its calls."""
 CUT_ABOVE_MEAN_OVER = (0, 1, 2, 4, 8, 16, 32, 64)
 """A node is cut when its load exceeds the mean load of a rank divided by this; 0 cuts nothing. Tried in turn."""
-MIN_CHUNK_TOKENS = 8
-"""A node whose 2*cp chunks would be shorter than this stays whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +141,7 @@ def _deal_cut(tree: TokenTree, size: int, denominator: int) -> list[list[Block]]
     loads = [0] * size
     uncut = []
     for block in whole:
-        if load(block) * size * denominator <= total or block.length < 2 * size * MIN_CHUNK_TOKENS:
+        if load(block) * size * denominator <= total or block.length < 2 * size:
             uncut.append(block)
             continue
         bounds = [block.length * chunk // (2 * size) for chunk in range(2 * size + 1)]

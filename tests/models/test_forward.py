@@ -134,12 +134,32 @@ def test_bfloat16_keeps_the_hidden_states_and_the_global_gradient_norm(directory
     assert ours.item() == pytest.approx(exact.item(), rel=0.03)
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "full"])
+@pytest.mark.parametrize("recompute", ["norms", "mlp", "mlp+norms", "full"])
 def test_recomputed_activations_change_nothing(directory, recompute):
     layout = ParallelConfig(cp=2)
     plain = run_on_ranks(2, train_microbatches, directory, layout, torch.float32)
     again = run_on_ranks(2, train_microbatches, directory, layout, torch.float32, recompute)
     assert all(torch.equal(plain[0][2][name], gradient) for name, gradient in again[0][2].items())
+
+
+def bytes_kept_by_forward(directory: Path, recompute) -> int:
+    """What is still allocated after a forward pass through 4 layers of width 64."""
+    mesh = build_mesh(ParallelConfig())
+    (model,) = build_model(read_architecture(directory), mesh, torch.float32, recompute)
+    shard = deal(microbatches()[1], mesh.cp)
+    shard.calls  # noqa: B018  # planned once, not part of a pass
+    with torch.profiler.profile(profile_memory=True) as profile:
+        output = model(shard)
+    assert output.requires_grad
+    events = profile.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize(("plain", "with_norms"), [("none", "norms"), ("mlp", "mlp+norms")])
+def test_recomputed_norms_keep_only_their_input(directory, plain, with_norms):
+    kept, less = (run_on_ranks(1, bytes_kept_by_forward, directory, how)[0] for how in (plain, with_norms))
+    tokens = deal(microbatches()[1], Axis.single("cp")).local_tokens
+    assert kept - less >= 2 * 2 * 4 * tokens * 64 * 4  # two norms x (output, scaled input) of each of four layers
 
 
 def hidden_in_one_pass_each(directory: Path, layout: ParallelConfig) -> list[bool]:

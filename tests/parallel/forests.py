@@ -1,5 +1,7 @@
 """Forests of unequal trees for the parallel tests, and dense float64 attention over them as the oracle."""
 
+import random
+
 import torch
 
 from opsd_megatron.token_tree import NO_PARENT, Node, TokenTree
@@ -17,8 +19,22 @@ SHAPES = {
 
 
 def forest(name: str) -> TokenTree:
+    return _tree(SHAPES[name])
+
+
+def random_forest(seed: int) -> TokenTree:
+    """1 to 14 nodes of 1 to 40 tokens; about every fifth starts another tree."""
+    draw = random.Random(seed)
+    shape: list[tuple[int, int]] = []
+    for node in range(draw.randint(1, 14)):
+        parent = -1 if node == 0 or draw.random() < 0.2 else draw.randrange(node)
+        shape.append((draw.randint(1, draw.choice((3, 12, 40))), parent))
+    return _tree(shape)
+
+
+def _tree(shape: list[tuple[int, int]]) -> TokenTree:
     nodes: list[Node] = []
-    for length, parent in SHAPES[name]:
+    for length, parent in shape:
         above = NO_PARENT if parent == -1 else nodes[parent].first_position + nodes[parent].length
         nodes.append(Node(parent, length, max(above, 0)))
     return TokenTree(tuple(nodes))

@@ -3,8 +3,11 @@ import torch
 import torch.distributed as dist
 
 from opsd_megatron.parallel.axis import Axis
+from opsd_megatron.parallel.context import deal
 from opsd_megatron.parallel.response import RowExchange, even_shares
 from opsd_megatron.parallel.traffic import count_traffic
+from opsd_megatron.token_tree import Node, TokenTree
+from opsd_megatron.types import TokenBatch
 from tests.ranks import run_on_ranks
 
 HIDDEN = 5
@@ -94,3 +97,15 @@ def test_impossible_layouts_are_refused_by_name():
         RowExchange([one], [one, two], axis)
     with pytest.raises(ValueError, match="2 rows where this rank holds 1"):
         RowExchange([one], [one], Axis.single("cp")).move(torch.zeros(2, HIDDEN))
+
+
+def test_rows_at_the_end_of_a_long_context_are_spread_over_all_heads():
+    tree = TokenTree((Node(-1, 32768 + 1024, 0),))
+    rows = torch.arange(32767, 32767 + 1024)
+    batch = TokenBatch(tree, torch.zeros(tree.num_tokens, dtype=torch.int64), rows, torch.arange(1024))
+    axes = [Axis("cp", rank, 4, None, (0, 1, 2, 3)) for rank in range(4)]
+    held = deal(batch, axes[0]).responses_by_rank
+    wanted = even_shares(batch.response_index, 4)
+    exchanges = [RowExchange(held, wanted, axis) for axis in axes]
+    assert [exchange.held_rows for exchange in exchanges] == [1024, 0, 0, 0]
+    assert [sum(exchange.receive_counts) for exchange in exchanges] == [256] * 4

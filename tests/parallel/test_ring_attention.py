@@ -6,7 +6,7 @@ from opsd_megatron.parallel import ring_attention as ring
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.context import deal
 from opsd_megatron.parallel.traffic import count_traffic
-from tests.parallel.forests import SHAPES, batch_of, dense_attention, forest, random_inputs, visible
+from tests.parallel.forests import SHAPES, batch_of, dense_attention, forest, random_forest, random_inputs, visible
 from tests.ranks import run_on_ranks
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 8, 0.31
@@ -26,7 +26,10 @@ def local_tensors(shard, tensors, dtype, pad_with=1.0):
 
 def ring_result(name, dtype, multiple_of, strided=False):
     """(token index, output, three gradients) of this rank."""
-    tree = forest(name)
+    return ring_over(forest(name), dtype, multiple_of, strided)
+
+
+def ring_over(tree, dtype, multiple_of, strided=False):
     shard = deal(batch_of(tree), whole_axis(), multiple_of)
     index, local = local_tensors(shard, random_inputs(tree, HEADS, KV_HEADS, HEAD_DIM), dtype)
     if strided:
@@ -37,8 +40,7 @@ def ring_result(name, dtype, multiple_of, strided=False):
     return index, out.detach(), query.grad, key.grad, value.grad
 
 
-def dense_result(name):
-    tree = forest(name)
+def dense_result(tree):
     query, key, value, grad = random_inputs(tree, HEADS, KV_HEADS, HEAD_DIM)
     query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
     out = dense_attention(query, key, value, visible(tree), SCALE)
@@ -48,7 +50,7 @@ def dense_result(name):
 
 def worst_errors(name, results):
     """Largest error of output and gradients over all tokens, and that every token came back exactly once."""
-    expected = dense_result(name)
+    expected = dense_result(forest(name))
     found = torch.cat([result[0] for result in results])
     assert sorted(found[found >= 0].tolist()) == list(range(forest(name).num_tokens))
     errors = []
@@ -65,6 +67,29 @@ def worst_errors(name, results):
 def test_ring_equals_dense_attention_in_float64(world_size, name):
     results = run_on_ranks(world_size, ring_result, name, torch.float64, 1)
     assert max(worst_errors(name, results)) <= TOLERANCE[torch.float64]
+
+
+def errors_over_random_trees(count):
+    """Largest error of this rank's output and gradients for each of many forests, and how many nodes each has."""
+    errors, sizes = [], []
+    for seed in range(count):
+        tree = random_forest(seed)
+        index, *ours = ring_over(tree, torch.float64, 1 + seed % 3)
+        held = index >= 0
+        differences = [
+            (found[held] - reference[index[held]]).abs().max().item() if held.any() else 0.0
+            for found, reference in zip(ours, dense_result(tree), strict=True)
+        ]
+        errors.append(max(differences))
+        sizes.append(len(tree.nodes))
+    return errors, sizes
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ring_equals_dense_attention_over_200_random_forests(world_size):
+    for errors, sizes in run_on_ranks(world_size, errors_over_random_trees, 200):
+        assert len(errors) == 200 and len(set(sizes)) > 10
+        assert max(errors) <= TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,9 +142,8 @@ def test_ring_bytes_equal_the_formula(world_size, dtype):
     for local_tokens, forward, backward in run_on_ranks(world_size, traffic_of_one_pass, dtype):
         numbers = local_tokens * KV_HEADS * HEAD_DIM
         hops, element = world_size - 1, torch.tensor([], dtype=dtype).element_size()
-        home = world_size if world_size > 1 else 0
         assert forward == 2 * hops * numbers * element
-        assert backward == 2 * hops * numbers * element + 2 * home * numbers * 4
+        assert backward == 2 * hops * numbers * element + 2 * hops * numbers * 4
 
 
 def with_broken(part: str, name):
@@ -129,7 +153,8 @@ def with_broken(part: str, name):
     def pass_on(message, axis, tag):
         transfer = saved[1](message, axis, tag)
         if part == "gradient return" and tag == ring._GRADIENT_TAG:
-            transfer.wait().zero_()
+            for gradient in transfer.wait():
+                gradient.zero_()
             transfer.works.clear()
         return transfer
 
