@@ -88,9 +88,7 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
         OMP_NUM_THREADS="1",
     )
     import torch
-    from jaxtyping import install_import_hook
 
-    install_import_hook("opsd_megatron", "tests.check")
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, None, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
