@@ -22,7 +22,7 @@ class InProcessWriter(TorchDistSaveShardedStrategy):
     def __init__(self):
         super().__init__("torch_dist", 1, thread_count=1)
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
         # Core takes this queue as it finds it, and starts its manager process only where there is none.
         filesystem_async._results_queue = queue.SimpleQueue()
         return super().async_save(sharded_state_dict, checkpoint_dir)

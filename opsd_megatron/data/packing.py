@@ -42,7 +42,8 @@ class Packing:
     ):
         """`chosen` packs only the rollouts with these numbers; `response_index` of the microbatches refers to
         `response_table(rollouts)` all the same."""
-        self._rollouts, self._view, self._limits = rollouts, view, limits
+        self._rollouts, self._limits = rollouts, limits
+        self._view: View = view
         numbers = range(len(rollouts)) if chosen is None else chosen
         self._forest = _Forest({number: sequence_of(rollouts[number], view) for number in numbers}, limits)
         groups = self._forest.groups_of_context({number: len(prompt_of(rollouts[number], view)) for number in numbers})

@@ -1,7 +1,7 @@
 """Whose distribution the student learns from: its own modules with other weights in them, or another model's modules.
 
-No teacher has gradients or an optimizer. One that borrows the student's modules keeps its weights in host memory, pinned
-on a GPU, while they wait.
+No teacher has gradients or an optimizer. One that borrows the student's modules keeps its weights in host memory,
+pinned on a GPU, while they wait.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

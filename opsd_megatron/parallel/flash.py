@@ -86,7 +86,8 @@ def choose_kernel(query: Tensor, key: Tensor, is_causal: bool) -> Literal["cpu",
     if query.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"attention on {query.device} in {query.dtype}; use bfloat16, float16 or float32, or the CPU")
     inputs = [_heads_first(tensor) for tensor in (query, key, key)]
-    call = torch.backends.cuda.SDPAParams(*inputs, None, 0.0, is_causal, query.shape[1] != key.shape[1])
+    is_grouped = query.shape[1] != key.shape[1]
+    call = torch.backends.cuda.SDPAParams(*inputs, None, 0.0, is_causal, is_grouped)  # type: ignore[call-arg]
     hopper = torch.cuda.get_device_capability(query.device) >= (9, 0)
     return "cudnn" if hopper and torch.backends.cuda.can_use_cudnn_attention(call) else "flash"
 

@@ -104,7 +104,9 @@ class _Rows:
 def _attend_backward(rows: _Rows, key_value: Sequence[Tensor], shard: ContextShard, scale: float) -> list[Tensor]:
     """Gradients of query, key and value."""
     axis = shard.cp
-    grad_query, own, travelling = None, [], None
+    grad_query: Tensor | None = None
+    own: list[Tensor] = []
+    travelling = None
     for hop, calls in enumerate(shard.calls):
         arriving = _pass_on(key_value, axis, _KEY_VALUE_TAG) if hop + 1 < axis.size else None
         grad_query, *grads = _hop_backward(calls, grad_query, rows, key_value, scale)
@@ -120,6 +122,7 @@ def _attend_backward(rows: _Rows, key_value: Sequence[Tensor], shard: ContextSha
     if travelling is not None:
         for grad, from_others in zip(own, travelling.wait(), strict=True):
             grad += from_others
+    assert grad_query is not None  # there is at least one hop, the own one
     return [grad_query, *own]
 
 

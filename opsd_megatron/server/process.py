@@ -79,10 +79,11 @@ def _stretch(config: PreTrainedConfig, factor: float, original: int | None) -> N
                           f"rope_type={rope.get('rope_type')}; leave --yarn-factor out")  # fmt: skip
     if factor < 1:
         raise ConfigError(f"--yarn-factor {factor}: 1 or more")
-    original = original or config.max_position_embeddings
+    positions: int = config.max_position_embeddings or 0
+    original = original or positions
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     config.rope_parameters = {**scaling, "rope_theta": rope["rope_theta"]}
-    config.max_position_embeddings = max(config.max_position_embeddings, int(factor * original))
+    config.max_position_embeddings = max(positions, int(factor * original))
 
 
 def _engine(options: ServerOptions, model: PreTrainedModel, cache_tokens: int | None) -> Engine:

@@ -83,12 +83,12 @@ def split_samples(rollouts: Sequence[Rollout], parts: int, pair_cost: float) -> 
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, rollout in enumerate(rollouts):
         groups.setdefault(rollout.pair.teacher_prompt, []).append(number)
-    cost = {
+    cost: dict[tuple[int, ...], float] = {
         prompt: _cost_of_tree(len(prompt), [len(rollouts[number].token_ids) for number in numbers], pair_cost)
         for prompt, numbers in groups.items()
     }
     chosen: list[list[int]] = [[] for _ in range(parts)]
-    load = [0] * parts
+    load = [0.0] * parts
     for prompt in sorted(groups, key=lambda prompt: (-cost[prompt], groups[prompt][0])):
         lightest = load.index(min(load))
         chosen[lightest].extend(groups[prompt])

@@ -82,12 +82,14 @@ def ring(settings: Settings) -> Run:
 
 
 def ring_rank(settings: Settings) -> Run:
-    shard = deal(forest([(settings.length, [])]), Axis.of_group("cp", dist.group.WORLD))
+    world = dist.group.WORLD
+    assert world is not None, "on_ranks has joined the ranks"
+    shard = deal(forest([(settings.length, [])]), Axis.of_group("cp", world))
     query, key, value, grad = (tensor[shard.token_ids] for tensor in inputs(settings))
 
     def run() -> dict[str, float]:
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        with count_traffic({"cp": dist.group.WORLD}) as traffic:
+        with count_traffic({"cp": world}) as traffic:
             out = ring_attention(q, k, v, shard, settings.head_dim**-0.5)
             out.backward(grad)
         return {**squares(q, k, v, out), "MB sent": traffic["cp"] / 1e6, "MB by formula": formula(settings) / 1e6}
@@ -125,10 +127,10 @@ def sdpa(settings: Settings, repeat: bool = False) -> Run:
 
     def run() -> dict[str, float]:
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        heads_first = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
+        rows, keys, values = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
         if repeat:
-            heads_first[1:] = [t.repeat_interleave(settings.heads // settings.kv_heads, 1) for t in heads_first[1:]]
-        out = functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=not repeat)
+            keys, values = (t.repeat_interleave(settings.heads // settings.kv_heads, 1) for t in (keys, values))
+        out = functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, enable_gqa=not repeat)
         out.backward(grad.transpose(0, 1)[None])
         return squares(q, k, v, out)
 

@@ -57,7 +57,8 @@ def transformers(settings: Settings) -> Run:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = qwen3_config(settings)
     config._attn_implementation = "sdpa"
-    model = Qwen3Model(config).to(device, dtype)
+    model = Qwen3Model(config)
+    torch.nn.Module.to(model, device, dtype)
     ids = torch.tensor([tokens_of(settings)[:-1]], device=device)
 
     def run() -> dict[str, float]:
