@@ -6,9 +6,11 @@ On one 8-GPU node, with an inference server on other GPUs or another node:
     torchrun --nproc-per-node 8 examples/opsdl_32b.py \
         --model.path /models/Qwen3-32B --data.path triplets.jsonl --rollout.url http://10.0.0.2:8000
 
-On any machine without a GPU, the same recipe and layout at small widths, to see that it holds together:
+On any machine without a GPU, what it needs, and the same recipe and layout at small widths, to see that it holds
+together:
 
-    torchrun --nproc-per-node 8 examples/opsdl_32b.py --rehearse
+    python examples/opsdl_32b.py --plan --machine h100-80gb
+    torchrun --nproc-per-node 8 examples/opsdl_32b.py --rehearse --layout four-nodes
 """
 
 from pathlib import Path
@@ -26,17 +28,20 @@ from opsd_megatron.config import (
     RolloutConfig,
     RunConfig,
 )
-from opsd_megatron.launch.command import choose, exit_with, parse_fields, start, take_flag
+from opsd_megatron.launch.command import choose, exit_with, parse_fields, show_plan, start, take_flag
+from opsd_megatron.launch.plan import machine, shapes
 
 CONTEXT_TOKENS = 131_072
 RESPONSE_TOKENS = 1_024
 
 LAYOUTS = {
-    # 32.8 G parameters: bf16 weights and float32 gradients take 6 bytes each, 49 GB at tp4; the ring halves the tokens.
-    "one-node": ParallelConfig(tp=4, pp=1, cp=2, sequence_parallel=True),
+    # 32.8 G parameters. With the optimizer offloaded each still takes 10 bytes on the device (bf16 weight, float32
+    # gradient and main weight): 41 GB at tp8. At tp4 with cp2 weights and activations need 85 GB.
+    "one-node": ParallelConfig(tp=8, pp=1, cp=1, sequence_parallel=True),
     # 25 GB of weights and gradients, 12 GB of optimizer cut over cp x dp: fits 80 GB without offload.
     "four-nodes": ParallelConfig(tp=4, pp=2, cp=4, sequence_parallel=True),
 }
+NODES = {"one-node": 1, "four-nodes": 4}
 
 
 def recipe(
@@ -84,44 +89,18 @@ def recipe(
     )
 
 
-SHAPES = {  # config.json of the two models, as far as it decides on memory and on the rehearsal's layers
-    "qwen3-32b": {
-        "model_type": "qwen3",
-        "num_hidden_layers": 64,
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-32b": {
-        "model_type": "qwen2",
-        "num_hidden_layers": 64,
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-    },
-}
+SHAPES = {name: shapes.SHAPES[name] for name in ("qwen3-32b", "qwen2.5-32b")}
 
 
 def main() -> None:
     model = choose("--recipe", list(SHAPES), "qwen3-32b")
     layout = choose("--layout", list(LAYOUTS), "one-node")
-    is_rehearsal = take_flag("--rehearse")
+    device = choose("--machine", list(machine.MACHINES), "h100-80gb")
+    is_rehearsal, is_plan = take_flag("--rehearse"), take_flag("--plan")
     notes = [
         f"--recipe {{{', '.join(SHAPES)}}} picks the model, --layout {{{', '.join(LAYOUTS)}}} the parallel layout.",
         "--rehearse walks through recipe and layout on CPU ranks with a tiny random model.",
+        f"--plan prints memory, FLOPs, traffic and time; --machine {{{', '.join(machine.MACHINES)}}}.",
         "",
         "The inference server runs elsewhere: on other GPUs of the node, or on another node. Start it first, with the",
         "same model and the token in OPSD_SERVER_TOKEN on both sides:",
@@ -129,7 +108,10 @@ def main() -> None:
         "      --yarn-factor 4 --yarn-original-positions 32768",
     ]
     config = parse_fields(recipe(model, layout), notes)
-    exit_with(lambda: start(config, SHAPES[model], is_rehearsal))
+    if is_plan:
+        exit_with(lambda: show_plan(config, device, NODES[layout], f"{model}, {layout}"))
+    else:
+        exit_with(lambda: start(config, SHAPES[model], is_rehearsal))
 
 
 if __name__ == "__main__":

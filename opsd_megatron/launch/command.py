@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,24 +82,42 @@ def start(config: RunConfig, hf_config: Mapping[str, Any], is_rehearsal: bool) -
 
 
 def require_devices(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
-    """ConfigError that says what is missing, by arithmetic, before anything is loaded."""
+    """ConfigError that says what is missing and what would fit, by arithmetic, before anything is loaded."""
     import torch
 
-    from opsd_megatron.launch.fit_check import GIB, plan_memory
+    from opsd_megatron.launch.plan.estimate import make_plan
+    from opsd_megatron.launch.plan.machine import GIB, MACHINES
+    from opsd_megatron.launch.plan.search import changes, fitting_layouts
     from opsd_megatron.models.architecture import architecture_of
 
+    model = config.model
+    architecture = architecture_of(hf_config, model.yarn_factor, model.yarn_original_positions)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    dp = config.parallel.data_parallel_size(world_size)
-    plan = plan_memory(config, architecture_of(hf_config), dp)
-    needs = f"this recipe needs {world_size} CUDA devices with {plan}"
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    machine = replace(MACHINES["h100-80gb"], nodes=world_size // devices, devices=devices)
+    plan = make_plan(config, architecture, machine)
+    needs = f"this recipe needs {world_size} CUDA devices with {plan.fullest.peak.total / GIB:.1f} GiB each"
     if not torch.cuda.is_available():
         raise ConfigError(f"{needs}; this machine has none. Add --rehearse to walk through it on CPU ranks")
     held = torch.cuda.get_device_properties(0).total_memory
-    if plan.total > held:
-        raise ConfigError(
-            f"{needs}; these have {held / GIB:.0f} GiB. Set --optimizer.cpu-offload, or take two nodes or more "
-            "(--layout four-nodes)"
-        )
+    if plan.fullest.peak.total <= held:
+        return
+    here = replace(machine, memory_gib=held / GIB)
+    nearest = [
+        " ".join(changes(config, other.config)) for other in fitting_layouts(config, architecture, here, count=3)
+    ]
+    advice = f"These fit: {'; '.join(nearest)}" if nearest else "No layout fits: take more nodes"
+    raise ConfigError(f"{needs}; these have {held / GIB:.0f} GiB. {advice}. Add --plan to see where the memory goes")
+
+
+def show_plan(config: RunConfig, machine: str, nodes: int, title: str) -> None:
+    """Prints the recipe's plan on so many nodes of a known machine."""
+    from rich.console import Console
+
+    from opsd_megatron.launch.plan.machine import MACHINES
+    from opsd_megatron.launch.plan.request import Request, answer
+
+    answer(Request(config, replace(MACHINES[machine], nodes=nodes)), title, Console())
 
 
 def _train(config: RunConfig) -> None:
