@@ -9,6 +9,8 @@ import pytest
 
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.rollout.process import ServerProcess
+from opsd_megatron.server.options import ServerOptions
+from opsd_megatron.server.process import load_model
 from tests.server.serving import OLD, TOKEN, largest_gap, load, requests, server_for
 from tests.tiny_models import YARN, write_tiny_model
 
@@ -60,10 +62,9 @@ def test_yarn_from_the_command_line_serves_the_model_that_a_config_with_yarn_des
 
 
 def test_yarn_over_a_stretched_model_is_refused(tmp_path):
-    write_tiny_model(tmp_path / "llama", "llama")
-    server = ServerProcess(tmp_path / "llama", TOKEN, tmp_path / "server.log", arguments=("--yarn-factor", "4"))
+    write_tiny_model(tmp_path, "llama")
     with pytest.raises(ConfigError, match="rope_type=llama3; leave --yarn-factor out"):
-        server.start()
+        load_model(ServerOptions(tmp_path, yarn_factor=4.0))
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "parent"])
