@@ -68,7 +68,7 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
     _join_job()
     parallel.data_parallel_size(dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
-        _take_down()
+        close_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -92,6 +92,19 @@ def build_mesh(parallel: ParallelConfig, seed: int = 1234) -> Mesh:
         device=devices.device(),
         collection=groups,
     )
+
+
+def close_groups() -> None:
+    """Takes every group of the last mesh down but the world's, which the job stays joined by; every rank calls it.
+
+    Megatron makes more groups than a mesh shows, and gloo keeps threads for each that wake a hundred times a second.
+    """
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # models in reference cycles hold groups, and with them their threads
 
 
 def _join_job() -> None:
@@ -124,13 +137,3 @@ def _replica_axis(dp: Axis, parallel: ParallelConfig) -> Axis:
         group = dist.new_group(ranks)
         mine = group if index == dp.rank else mine
     return _axis("replica", mine)
-
-
-def _take_down() -> None:
-    """Closes every group but the world's: Megatron makes more than a mesh shows, and gloo keeps threads for each."""
-    parallel_state.destroy_model_parallel()
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()  # models in reference cycles hold groups, and with them their threads

@@ -1,4 +1,5 @@
-"""Training runs as users start them: torchrun in its own processes, against a real inference server."""
+"""Training runs in their own processes, against a real inference server: by torchrun, as users start them, or by ranks
+forked from a process that has imported everything, where it is not the launcher that is tested."""
 
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from opsd_megatron.launch.tiny_world import write_tiny_world
 from opsd_megatron.rollout.process import ServerProcess
+from tests.ranks import Job
 
 TOKEN = "a-token-for-tests"
 SHAPE = {
@@ -35,26 +37,35 @@ class World:
     directory: Path
     server: ServerProcess
 
-    def command(self, run: str, ranks: int, *flags: str) -> list[str]:
+    def start(self, run: str, ranks: int, *flags: str) -> subprocess.Popen:
+        """By torchrun."""
         launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(ranks), str(SCRIPT)]
-        paths = ["--model.path", str(self.directory / "model"), "--data.path", str(self.directory / "records.jsonl")]
-        paths += ["--rollout.url", self.server.url, "--checkpoint.directory", str(self.directory / run)]
-        return [*launcher, *paths, *flags]
+        with open(self._log_file(run), "ab") as log:
+            return subprocess.Popen(
+                [*launcher, *self._flags(run), *flags],
+                env=self._environment(TOKEN), stdout=log, stderr=subprocess.STDOUT, cwd=self.directory,
+            )  # fmt: skip
 
-    def start(self, run: str, ranks: int, *flags: str, token: str = TOKEN) -> subprocess.Popen:
-        environment = os.environ | {"OPSD_SERVER_TOKEN": token, "OMP_NUM_THREADS": "1"}
-        log = open(self.directory / f"{run}.log", "ab")  # noqa: SIM115
-        return subprocess.Popen(
-            self.command(run, ranks, *flags), env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory
-        )
+    def fork(self, run: str, ranks: int, *flags: str, token: str = TOKEN) -> Job:
+        return Job(SCRIPT, ranks, [*self._flags(run), *flags], self._log_file(run), self._environment(token))
 
     def finish(self, run: str, ranks: int, *flags: str, token: str = TOKEN, timeout_s: float = 240) -> int:
-        """Exit code of the whole job."""
-        return self.start(run, ranks, *flags, token=token).wait(timeout_s)
+        """Exit code of a whole forked job."""
+        return self.fork(run, ranks, *flags, token=token).wait(timeout_s)
+
+    def _flags(self, run: str) -> list[str]:
+        paths = ["--model.path", str(self.directory / "model"), "--data.path", str(self.directory / "records.jsonl")]
+        return [*paths, "--rollout.url", self.server.url, "--checkpoint.directory", str(self.directory / run)]
+
+    def _environment(self, token: str) -> dict[str, str]:
+        return os.environ | {"OPSD_SERVER_TOKEN": token, "OMP_NUM_THREADS": "1"}
+
+    def _log_file(self, run: str) -> Path:
+        return self.directory / f"{run}.log"
 
     def log(self, run: str) -> str:
-        return (self.directory / f"{run}.log").read_text(errors="replace")
+        return self._log_file(run).read_text(errors="replace")
 
     def losses(self, run: str) -> dict[int, float]:
         """Loss by step."""

@@ -80,7 +80,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(world, uninterrupted):
 def test_a_server_killed_during_the_run_is_waited_for_and_gets_the_weights_again(world, uninterrupted, tmp_path):
     server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
     server.start()
-    process = world.start("fault", 2, *CP2, "--rollout.url", server.url)
+    process = world.fork("fault", 2, *CP2, "--rollout.url", server.url)
     try:
         wait_for_step(world, "fault", 2, process)
         server.kill()
@@ -96,7 +96,7 @@ def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(world, un
     server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
     server.start()
     flags = (*CP2, "--rollout.url", server.url, "--rollout.retry-s", "2", "--checkpoint.every-steps", "0")
-    process = world.start("gone", 2, *flags)
+    process = world.fork("gone", 2, *flags)
     wait_for_step(world, "gone", 2, process)
     server.stop()
     assert process.wait(120) != 0
@@ -124,8 +124,8 @@ BAD_INPUT = {  # ranks, flags, what the message must say
 
 @pytest.fixture(scope="module")
 def exit_codes(world):
-    """Of a run for each case of BAD_INPUT, two at a time: starting Python is most of what they do."""
-    with ThreadPoolExecutor(2) as pool:
+    """Of a run for each case of BAD_INPUT, several at a time: waiting is most of what they do."""
+    with ThreadPoolExecutor(4) as pool:
         wrong_token = {"token": pool.submit(world.finish, "bad token", 1, token="wrong")}
         yield wrong_token | {
             case: pool.submit(world.finish, "bad " + case, ranks, *flags)
