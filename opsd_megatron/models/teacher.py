@@ -4,18 +4,18 @@ No teacher has gradients or an optimizer. One that borrows the student's modules
 pinned on a GPU, while they wait.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from opsd_megatron import config as configs
 from opsd_megatron.models.build import head_weight, unwrap
 from opsd_megatron.models.forward import run_schedule
+from opsd_megatron.models.swap import Exchange, buckets_of
 from opsd_megatron.parallel.context import ContextShard
 from opsd_megatron.parallel.mesh import Mesh
 
@@ -72,27 +72,22 @@ class FrozenTeacher:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], mesh: Mesh):
         self._chunks, self._mesh = chunks, mesh
-        self._parameters = [dict(unwrap(chunk).named_parameters()) for chunk in chunks]
-        self.weights = [_host_copies(named, self._at_least) for named in self._parameters]
-        self._student = [_host_copies(named) for named in self._parameters]
+        named = [dict(unwrap(chunk).named_parameters()) for chunk in chunks]
+        self.buckets = buckets_of([parameter for one in named for parameter in one.values()], self._at_least)
+        self._exchange = Exchange(self.buckets)
+        values = (value for bucket in self.buckets for _, value in bucket.pairs())
+        self.weights = [{name: next(values) for name in one} for one in named]
         self.is_active = False
 
     @contextmanager
     def active(self) -> Iterator[Sequence[torch.nn.Module]]:
         if self.is_active:
             raise RuntimeError("the teacher is active already")
-        self.is_active, replaced = True, []
+        self.is_active = True
         try:
-            with torch.no_grad():
-                for parameter, weight, student in self._triples():
-                    student.copy_(parameter)
-                    replaced.append((parameter, student))
-                    parameter.copy_(weight)
-            yield self._chunks
+            with self._exchange.shown():
+                yield self._chunks
         finally:
-            with torch.no_grad():
-                for parameter, student in replaced:
-                    parameter.copy_(student)
             self.is_active = False
 
     def update(self) -> None:
@@ -102,16 +97,11 @@ class FrozenTeacher:
         if not self._mesh.is_last_stage:
             return None
         head = head_weight(self._chunks[-1])
-        return next(weight for parameter, weight, _ in self._triples() if parameter is head).to(head.device, head.dtype)
+        pairs = (pair for bucket in self.buckets for pair in bucket.pairs())
+        return next(value for parameter, value in pairs if parameter is head).to(head.device, head.dtype)
 
     def tensors(self) -> list[dict[str, Tensor]] | None:
         return None
-
-    def _triples(self) -> Iterator[tuple[Parameter, Tensor, Tensor]]:
-        """Each parameter with the teacher's value and the place where the student's waits."""
-        for named, weights, student in zip(self._parameters, self.weights, self._student, strict=True):
-            for name, parameter in named.items():
-                yield parameter, weights[name], student[name]
 
 
 class EmaTeacher(FrozenTeacher):
@@ -130,10 +120,8 @@ class EmaTeacher(FrozenTeacher):
         if self.is_active:
             raise RuntimeError("the teacher is active: its average would be taken with itself")
         with torch.no_grad():
-            for parameter, weight, _ in self._triples():
-                average = weight.to(parameter.device)
-                average.lerp_(parameter.to(average.dtype), self.rate)
-                weight.copy_(average)
+            for bucket in self.buckets:
+                bucket.average(self.rate)
 
     def tensors(self) -> list[dict[str, Tensor]] | None:
         return self.weights
@@ -183,12 +171,3 @@ def score(
     """
     rows = run_schedule(chunks, shards, mesh, lambda index, hidden: hidden[shards[index].rows], forward_only=True)
     return torch.cat(rows) if mesh.is_last_stage else None
-
-
-def _host_copies(named: Mapping[str, Parameter], at_least: torch.dtype | None = None) -> dict[str, Tensor]:
-    copies = {}
-    for name, value in named.items():
-        dtype = value.dtype if at_least is None else torch.promote_types(value.dtype, at_least)
-        copies[name] = torch.empty(value.shape, dtype=dtype, device="cpu", pin_memory=value.is_cuda)
-        copies[name].copy_(value.detach())
-    return copies

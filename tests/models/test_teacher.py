@@ -10,6 +10,7 @@ from torch import Tensor
 from opsd_megatron import config as configs
 from opsd_megatron.checkpoint.model_weights import load_weights
 from opsd_megatron.config import ParallelConfig
+from opsd_megatron.models import swap
 from opsd_megatron.models.architecture import read_architecture
 from opsd_megatron.models.build import TreeModel, build_model, head_weight
 from opsd_megatron.models.teacher import EmaTeacher, FrozenTeacher, LiveTeacher, build_teacher, score
@@ -152,13 +153,14 @@ def test_the_student_comes_back_when_scoring_fails(directory):
     assert not teacher.is_active and checksum(chunks) == student
 
 
-def test_the_student_comes_back_when_the_swap_itself_fails(directory):
+def test_the_student_comes_back_when_the_swap_itself_fails(directory, monkeypatch):
+    monkeypatch.setattr(swap, "BUCKET_BYTES", 50_000)
     mesh, chunks = load(directory, ParallelConfig())
     teacher = FrozenTeacher(chunks, mesh)
     take_a_step(chunks, 0)
     student = checksum(chunks)
-    name = list(teacher.weights[0])[20]
-    teacher.weights[0][name] = torch.zeros(3, 3, 3)
+    assert len(teacher.buckets) > 2
+    teacher.buckets[1].other = torch.zeros(3)
     with pytest.raises(RuntimeError), teacher.active():
         pass
     assert not teacher.is_active and checksum(chunks) == student
@@ -209,3 +211,32 @@ def test_each_cp_rank_scores_its_own_samples_as_one_rank_does(directory, world_s
         if rows is not None:
             length = sum(len(batch.rows) for batch in microbatches()[:count])
             torch.testing.assert_close(rows, expected[:length], rtol=0, atol=5e-6)
+
+
+def test_buckets_hold_neighbours_up_to_their_size_and_larger_parameters_alone(directory, monkeypatch):
+    _, chunks = load(directory, ParallelConfig())
+    parameters = list(chunks[0].parameters())
+    monkeypatch.setattr(swap, "BUCKET_BYTES", 50_000)
+    buckets = swap.buckets_of(parameters, None)
+    assert [parameter for bucket in buckets for parameter in bucket.parameters] == parameters
+    assert len(buckets) > 2
+    for bucket in buckets:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in bucket.parameters)
+        assert size <= 50_000 or len(bucket.parameters) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_exchanged_on_a_gpus_streams_are_whole_and_come_back_bitwise():
+    parameters = [torch.nn.Parameter(torch.randn(4096, 4096, device="cuda").bfloat16()) for _ in range(16)]
+    for at_least in (None, torch.float32):
+        exchange = swap.Exchange(swap.buckets_of(parameters, at_least))
+        start = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(1.0)
+        student = [parameter.detach().clone() for parameter in parameters]
+        for _ in range(3):
+            with exchange.shown():
+                assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, start, strict=True))
+            assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, student, strict=True))
