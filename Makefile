@@ -22,7 +22,7 @@ demo: $(READY) ## install, then OPSDL on two ranks from a small model to a bette
 	$(BIN)/python examples/opsdl_demo.py
 
 test: $(READY) ## install, then all tests of the default run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY) ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
