@@ -37,6 +37,13 @@ def run_on_ranks(world_size: int, function, *arguments) -> list[Any]:
     return pool.run(function, *arguments)
 
 
+def forked(function, *arguments) -> Any:
+    """A process that runs a module-level function, started."""
+    process = _forks.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 class RankPool:
     """`world_size` processes joined by one gloo process group, waiting for functions to run."""
 

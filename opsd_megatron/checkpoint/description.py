@@ -26,14 +26,24 @@ def describe(
 ) -> dict[str, Any]:
     """The JSON description: everything that must agree on resume, what may differ, and the caller's `extra`."""
     return {
+        **plain_description(step, architecture, dtype_of(chunks), extra),
+        "optimizer": optimizer_kind(optimizer),
+        "teacher": has_teacher,
+        "layout": layout_of(mesh),
+    }
+
+
+def plain_description(step: int, architecture: Architecture, dtype: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """That of weights alone, which no run has saved."""
+    return {
         "format": FORMAT,
         "step": step,
         "architecture": architecture_fields(architecture),
         "hf_config": dict(architecture.hf_config),
-        "dtype": dtype_of(chunks),
-        "optimizer": optimizer_kind(optimizer),
-        "teacher": has_teacher,
-        "layout": layout_of(mesh),
+        "dtype": dtype,
+        "optimizer": None,
+        "teacher": False,
+        "layout": None,
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
         "extra": dict(extra),
     }

@@ -12,11 +12,11 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opsd_megatron.checkpoint.safetensors_file import DTYPES, read_exactly, read_header
 from opsd_megatron.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HfReader:
@@ -39,6 +39,7 @@ class HfReader:
             )
         self._file_of = file_of
         self._shards = {name: _open(self.directory / name) for name in sorted(set(file_of.values()))}
+        self._headers = {name: read_header(self.directory / name) for name in self._shards}
         self._check_index()
 
     @property
@@ -90,6 +91,18 @@ class HfReader:
             return view[start:stop] if dim == 0 else view[:, start:stop]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path_of(name)}: tensor {name} cannot be read: {error}") from error
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Shaped[Tensor, "rows *columns"]:
+        """Rows `start` to `stop`, read and not mapped: resident memory grows by these rows only.
+
+        With `out`, contiguous and of the stored dtype and shape, they are read there.
+        """
+        path, dtype = self.path_of(name), self.dtype(name)
+        entry = self._headers[path.name][name]
+        rows = torch.empty(stop - start, *entry.shape[1:], dtype=dtype) if out is None else out
+        first = entry.start + start * rows[:1].numel() * dtype.itemsize
+        read_exactly(path, rows.view(torch.uint8).numpy().reshape(-1), first)
+        return rows
 
     def _slice(self, name: str) -> Any:
         path = self.path_of(name)

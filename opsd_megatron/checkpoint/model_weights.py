@@ -5,6 +5,7 @@ Loading reads on each rank only the slices that it holds. Exporting delivers who
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from opsd_megatron.checkpoint.agreement import on_rank_zero, raise_on_all, together
+from opsd_megatron.checkpoint.agreement import raise_on_all, together
 from opsd_megatron.checkpoint.hf_files import HfReader
-from opsd_megatron.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, check_target, write_hf_directory
 from opsd_megatron.checkpoint.reshard import (
     join_shards,
     merge_gate_up,
@@ -34,6 +34,18 @@ from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.mesh import Mesh
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A rank that whole tensors are delivered to: the first tp rank of a stage of one replica (dp x cp)."""
+
+    replica: int
+    stage: int
+
+
+FIRST_WRITER = Writer(0, 0)
+"""Global rank 0."""
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> dict[str, Parameter]:
@@ -131,15 +143,11 @@ def _read_shard(
     reader: HfReader, name: str, shape: tuple[int, ...], weight: Weight, parameter: Parameter, tp: Axis
 ) -> Tensor:
     dim = weight.row.tp_dim
-    if not _is_vocabulary(weight):
+    if not weight.is_vocabulary:
         return reader.read(name, dim, None if dim is None else shard_bounds(shape[dim], tp.rank, tp.size))
     rows = parameter.shape[0]  # of the padded vocabulary: the last ranks may hold fewer real rows, or none
     start = min(tp.rank * rows, shape[0])
     return pad_rows(reader.read(name, 0, (start, min(start + rows, shape[0]))), rows)
-
-
-def _is_vocabulary(weight: Weight) -> bool:
-    return weight.row.parts[0].shape[0] == "vocab"
 
 
 def export_weights(
@@ -148,12 +156,13 @@ def export_weights(
     mesh: Mesh,
     dtype: torch.dtype | None = None,
     value_of: Callable[[Parameter], Tensor] | None = None,
+    writer_of: Callable[[str], Writer] = lambda _: FIRST_WRITER,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, whole tensor) in Hugging Face order on global rank 0, (name, None) on the others; one tensor at a time.
+    """(name, whole tensor) in Hugging Face order where `writer_of` the name says, (name, None) on all other ranks.
 
-    Collective: every rank must exhaust it, whatever happens to the tensors. Only the first data- and context-parallel
-    replica communicates; a tied embedding comes from the first stage. Tensors are in `dtype`, or as they are.
-    `value_of` picks another tensor of the parameter's shape to export (its gradient, say).
+    Collective: every rank must exhaust it, whatever happens to the tensors; they come one at a time. Only the writer's
+    data- and context-parallel replica communicates; a tied embedding comes from the first stage. Tensors are in
+    `dtype`, or as they are. `value_of` picks another tensor of the parameter's shape to export (its gradient, say).
     """
     parameters = named_parameters(chunks)
     weights = list(weights_of(architecture))
@@ -163,20 +172,21 @@ def export_weights(
         tensor = value_of(parameters[name])
         return tensor if dtype is None else tensor.to(dtype)
 
-    plan = _export_plan(weights, parameters, architecture, mesh, lambda p: dtype or value_of(p).dtype)
+    plan = export_plan(weights, parameters, architecture, mesh, lambda p: dtype or value_of(p).dtype)
     for weight in weights:
         stage, stored = plan[weight.megatron]
-        if mesh.dp_cp.rank == 0:
-            held = _split(value(weight.megatron), weight, architecture, mesh.tp) if stage == mesh.pp.rank else None
+        held = None
         for part, name in enumerate(weight.hf_names):
-            tensor = None
-            if mesh.dp_cp.rank == 0:
+            writer, tensor = writer_of(name), None
+            if mesh.dp_cp.rank == writer.replica:
+                if held is None and stage == mesh.pp.rank:
+                    held = _split(value(weight.megatron), weight, architecture, mesh.tp)
                 whole = _gather(held[part], weight, part, mesh.tp) if held is not None else None
-                tensor = _deliver(whole, stage, weight.hf_shapes[part], stored, mesh)
+                tensor = _deliver(whole, stage, writer.stage, weight.hf_shapes[part], stored, mesh)
             yield name, tensor
 
 
-def _export_plan(
+def export_plan(
     weights: Sequence[Weight],
     parameters: dict[str, Parameter],
     architecture: Architecture,
@@ -223,56 +233,20 @@ def _gather(shard: Tensor, weight: Weight, part: int, tp: Axis) -> Tensor | None
     if tp.rank:
         return None
     whole = join_shards(shards, dim)
-    return trim_rows(whole, weight.hf_shapes[part][0]) if _is_vocabulary(weight) else whole
+    return trim_rows(whole, weight.hf_shapes[part][0]) if weight.is_vocabulary else whole
 
 
 def _deliver(
-    whole: Tensor | None, stage: int, shape: tuple[int, ...], stored: torch.dtype, mesh: Mesh
+    whole: Tensor | None, stage: int, to_stage: int, shape: tuple[int, ...], stored: torch.dtype, mesh: Mesh
 ) -> Tensor | None:
-    """Moves a tensor from the first tp rank of `stage` to global rank 0, which is the first of stage 0."""
+    """Moves a tensor from the first tp rank of `stage` to that of `to_stage`, inside one replica."""
     if mesh.tp.rank:
         return None
-    if stage == 0:
+    if stage == to_stage:
         return whole
     if whole is not None:
-        dist.send(whole.contiguous(), dst=mesh.pp.ranks[0], group=mesh.pp.group)
-    elif mesh.pp.rank == 0:
+        dist.send(whole.contiguous(), dst=mesh.pp.ranks[to_stage], group=mesh.pp.group)
+    elif mesh.pp.rank == to_stage:
         whole = torch.empty(shape, dtype=stored, device=mesh.device)
         dist.recv(whole, src=mesh.pp.ranks[stage], group=mesh.pp.group)
-    return whole if mesh.pp.rank == 0 else None
-
-
-def save_hf(
-    chunks: Sequence[nn.Module],
-    architecture: Architecture,
-    mesh: Mesh,
-    source_dir: Path | None,
-    out_dir: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    overwrite: bool = False,
-) -> None:
-    """Writes the model to `out_dir` in Hugging Face layout, whole or not at all; collective over the world.
-
-    The tokenizer and the other side files are copied from `source_dir`. CheckpointError, on every rank, if `out_dir` is
-    not empty and `overwrite` is not set.
-    """
-    on_rank_zero(lambda: check_target(Path(out_dir), overwrite))
-    tensors = export_weights(chunks, architecture, mesh, dtype)
-    failure = None
-    if mesh.world.rank == 0:
-        try:
-            write_hf_directory(
-                ((name, tensor) for name, tensor in tensors if tensor is not None),
-                Path(out_dir),
-                architecture.hf_config,
-                source_dir=source_dir,
-                max_shard_bytes=max_shard_bytes,
-                overwrite=overwrite,
-            )
-        except Exception as error:
-            failure = error
-    for _ in tensors:  # the other ranks have nothing to write, and rank 0 must not leave them waiting when it failed
-        pass
-    raise_on_all(failure)
+    return whole if mesh.pp.rank == to_stage else None

@@ -5,10 +5,13 @@ merged tensor. So a rank reads slices only, and a gathered tensor is split shard
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+
+from opsd_megatron.checkpoint.weight_map import Merge
 
 
 def merge_qkv(
@@ -83,3 +86,29 @@ def pad_rows(table: Shaped[Tensor, "rows hidden"], rows: int) -> Shaped[Tensor, 
 def trim_rows(table: Shaped[Tensor, "padded_rows hidden"], rows: int) -> Shaped[Tensor, "rows hidden"]:
     """Inverse of `pad_rows`."""
     return table[:rows]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one Hugging Face tensor that lie together in Megatron's merged tensor."""
+
+    part: int
+    part_start: int
+    merged_start: int
+    count: int
+
+
+def pieces_of(merge: Merge, part_rows: Sequence[int], kv_heads: int) -> list[Piece]:
+    """The merged tensor as rows of its parts, in its own order; the same as `merge_qkv` and `merge_gate_up`, on disk.
+
+    `part_rows` are the parts' rows: one part is a copy, gate and up follow each other, and query, key and value
+    alternate for each KV head.
+    """
+    groups = kv_heads if merge == "qkv" else 1
+    pieces, merged = [], 0
+    for group in range(groups):
+        for part, rows in enumerate(part_rows):
+            count = rows // groups
+            pieces.append(Piece(part, group * count, merged, count))
+            merged += count
+    return pieces

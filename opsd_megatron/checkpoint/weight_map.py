@@ -36,6 +36,9 @@ class WeightRow:
     expert_dim: int | None = None
     """Dimension cut over expert-parallel ranks; no row of a dense family has one."""
     when: Condition = "always"
+    fused: str | None = None
+    """Its name in Transformer Engine's spec, where that differs: a norm is part of the linear behind it. Core stores
+    either spec under this name."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,20 @@ class Weight:
     """A row with its layer filled in, for one model."""
 
     row: WeightRow
+    layer: int | None
     megatron: str
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def stored(self) -> str:
+        """The key under which core's distributed checkpoints keep it."""
+        return (self.row.fused or self.row.megatron).replace("{layer}", str(self.layer))
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Megatron's tensor may have more rows than Hugging Face's: padding."""
+        return self.row.parts[0].shape[0] == "vocab"
 
 
 def _layer(name: str, *shape: str) -> HfTensor:
@@ -61,19 +75,26 @@ def _qkv(kind: str, *columns: str) -> tuple[HfTensor, ...]:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 _ATTENTION = "decoder.layers.{layer}.self_attention."
 _MLP = "decoder.layers.{layer}.mlp."
 
 _FIRST = (WeightRow(EMBEDDING, (HfTensor("model.embed_tokens.weight", ("vocab", "hidden")),), tp_dim=0),)
 _LAYER = (
-    WeightRow("decoder.layers.{layer}.input_layernorm.weight", (_layer("input_layernorm.weight", "hidden"),)),
+    WeightRow(
+        "decoder.layers.{layer}.input_layernorm.weight",
+        (_layer("input_layernorm.weight", "hidden"),),
+        fused=_ATTENTION + "linear_qkv.layer_norm_weight",
+    ),
     WeightRow(_ATTENTION + "linear_qkv.weight", _qkv("weight", "hidden"), merge="qkv", tp_dim=0),
     WeightRow(_ATTENTION + "linear_qkv.bias", _qkv("bias"), merge="qkv", tp_dim=0, when="qkv_bias"),
     WeightRow(_ATTENTION + "q_layernorm.weight", (_layer("self_attn.q_norm.weight", "head_dim"),), when="qk_norm"),
     WeightRow(_ATTENTION + "k_layernorm.weight", (_layer("self_attn.k_norm.weight", "head_dim"),), when="qk_norm"),
     WeightRow(_ATTENTION + "linear_proj.weight", (_layer("self_attn.o_proj.weight", "hidden", "query"),), tp_dim=1),
     WeightRow(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight", (_layer("post_attention_layernorm.weight", "hidden"),)
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        (_layer("post_attention_layernorm.weight", "hidden"),),
+        fused=_MLP + "linear_fc1.layer_norm_weight",
     ),
     WeightRow(
         _MLP + "linear_fc1.weight",
@@ -84,7 +105,7 @@ _LAYER = (
     WeightRow(_MLP + "linear_fc2.weight", (_layer("mlp.down_proj.weight", "hidden", "ffn"),), tp_dim=1),
 )
 _LAST = (
-    WeightRow("decoder.final_layernorm.weight", (HfTensor("model.norm.weight", ("hidden",)),)),
+    WeightRow(FINAL_NORM, (HfTensor("model.norm.weight", ("hidden",)),)),
     WeightRow(HEAD, (HfTensor("lm_head.weight", ("vocab", "hidden")),), tp_dim=0, when="untied"),
 )
 _DENSE = (*_FIRST, *_LAYER, *_LAST)
@@ -135,6 +156,7 @@ def _fill(row: WeightRow, architecture: Architecture, layer: int | None = None) 
     sizes = dimensions(architecture)
     return Weight(
         row,
+        layer,
         row.megatron.replace("{layer}", str(layer)),
         tuple(part.name.replace("{layer}", str(layer)) for part in row.parts),
         tuple(tuple(sizes[word] for word in part.shape) for part in row.parts),

@@ -56,9 +56,11 @@ class TreeModel(GPTModel):
         self.position_embedding_type = "rope"  # only now: core would have built its own rotary module
         self.rotary_pos_emb = TreeRotary(architecture.rope, architecture.head_dim)
 
-    def forward(self, shard: ContextShard) -> Float[Tensor, "tokens 1 hidden"]:
+    def forward(self, shard: ContextShard, embedded: Tensor | None = None) -> Float[Tensor, "tokens 1 hidden"]:
+        """`embedded` [tokens, 1, hidden] takes the place of the token ids' embedding."""
         carrier = ShardCarrier(shard=shard)
-        return super().forward(shard.token_ids[None], None, None, packed_seq_params=carrier)  # type: ignore[arg-type]
+        ids = shard.token_ids[None]
+        return super().forward(ids, None, None, decoder_input=embedded, packed_seq_params=carrier)  # type: ignore[arg-type]
 
     def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
         return hidden_states

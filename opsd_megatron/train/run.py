@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
-from opsd_megatron.checkpoint.model_weights import load_weights, save_hf
+from opsd_megatron.checkpoint.live_export import save_hf
+from opsd_megatron.checkpoint.model_weights import load_weights
 from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
 from opsd_megatron.data.contexts import context_numbers, runs_of_context

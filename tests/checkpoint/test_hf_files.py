@@ -8,16 +8,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opsd_megatron.checkpoint.hf_files import INDEX_FILE, HfReader
-from opsd_megatron.checkpoint.hf_writer import write_hf_directory
+from opsd_megatron.checkpoint.hf_writer import check_target, finish_directory, hf_config_text, write_shard
+from opsd_megatron.checkpoint.shard_plan import TensorSpec, plan_shards
 from opsd_megatron.errors import CheckpointError
 
 TENSORS = {f"layer.{i}.weight": torch.arange(12.0).reshape(3, 4) + i for i in range(5)}
 TENSOR_BYTES = 48
 
 
+def write(tensors, out, hf_config=None, source_dir=None, max_shard_bytes=10**9):
+    """What a live export does, on one rank."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+    staging = out.with_name(".staging")
+    staging.mkdir()
+    shards, coming = plan_shards(specs, max_shard_bytes), iter(tensors)
+    records = [write_shard(staging, shard, coming) for shard in shards]
+    return finish_directory(staging, out, shards, records, hf_config or {}, source_dir, {})
+
+
 @pytest.fixture
 def sharded(tmp_path):
-    return write_hf_directory(TENSORS.items(), tmp_path / "sharded", {}, max_shard_bytes=2 * TENSOR_BYTES)
+    return write(TENSORS.items(), tmp_path / "sharded", max_shard_bytes=2 * TENSOR_BYTES)
 
 
 def test_shards_are_named_and_indexed_as_hugging_face_does(sharded):
@@ -32,7 +43,7 @@ def test_shards_are_named_and_indexed_as_hugging_face_does(sharded):
 
 
 def test_what_is_written_is_read_back(sharded, tmp_path):
-    single = write_hf_directory(TENSORS.items(), tmp_path / "single", {})
+    single = write(TENSORS.items(), tmp_path / "single")
     assert not (single / INDEX_FILE).exists()
     assert (single / "model.safetensors").stat().st_mode == (single / "config.json").stat().st_mode
     for reader in (HfReader(sharded), HfReader(single)):
@@ -52,7 +63,7 @@ def test_views_are_written_as_they_were_when_given(tmp_path):
             buffer.copy_(tensor)
             yield name, buffer
 
-    reader = HfReader(write_hf_directory(reused_buffer(), tmp_path / "m", {}))
+    reader = HfReader(write(reused_buffer(), tmp_path / "m"))
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
 
 
@@ -106,35 +117,52 @@ def test_tokenizer_and_generation_config_come_along_and_nothing_else(tmp_path):
     for name in (*kept, "train_log.json", "README.md", "config.json", "pytorch_model.bin"):
         (source / name).write_text(name)
     save_file({"old": torch.zeros(1)}, source / "model.safetensors")
-    out = write_hf_directory(
-        TENSORS.items(), tmp_path / "out", {"model_type": "qwen3", "torch_dtype": "bfloat16"}, source_dir=source
-    )
-    assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors"}
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "qwen3", "dtype": "float32"}
+    out = write(TENSORS.items(), tmp_path / "out", {"model_type": "qwen3", "torch_dtype": "bfloat16"}, source)
+    assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors", "MANIFEST.json"}
+    written = json.loads((out / "config.json").read_text())
+    assert written == {"model_type": "qwen3", "dtype": "float32", "torch_dtype": "float32"}
 
 
-def test_a_failed_write_leaves_the_old_directory_and_no_litter(tmp_path):
-    out = write_hf_directory(TENSORS.items(), tmp_path / "out", {})
-
-    def broken():
-        yield "layer.0.weight", torch.zeros(1)
-        raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="disk is full"):
-        write_hf_directory(broken(), out, {}, overwrite=True)
-    assert torch.equal(HfReader(out).read("layer.0.weight"), TENSORS["layer.0.weight"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_must_be_asked_for_and_replaces_everything(tmp_path):
-    out = write_hf_directory(TENSORS.items(), tmp_path / "out", {}, max_shard_bytes=TENSOR_BYTES)
+def test_a_target_that_is_not_empty_is_replaced_only_when_asked_and_then_whole(tmp_path):
+    out = write(TENSORS.items(), tmp_path / "out", max_shard_bytes=TENSOR_BYTES)
     with pytest.raises(CheckpointError, match="is not empty"):
-        write_hf_directory(TENSORS.items(), out, {})
-    write_hf_directory(TENSORS.items(), out, {}, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+        check_target(out, overwrite=False)
+    check_target(out, overwrite=True)
+    write(TENSORS.items(), out)
+    assert sorted(path.name for path in out.iterdir()) == ["MANIFEST.json", "config.json", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_tensor_given_twice_is_refused(tmp_path):
+def test_another_tensor_than_planned_is_named(tmp_path):
+    shuffled = [("layer.0.weight", TENSORS["layer.0.weight"]), ("layer.2.weight", TENSORS["layer.2.weight"])]
+    with pytest.raises(CheckpointError, match=r"layer\.2\.weight of shape .* came where layer\.1\.weight"):
+        write(shuffled, tmp_path / "out")
+
+
+def test_a_tensor_given_twice_is_refused():
+    spec = TensorSpec("layer.0.weight", torch.float32, (1,))
     with pytest.raises(CheckpointError, match=r"layer\.0\.weight was given twice"):
-        write_hf_directory([*TENSORS.items(), ("layer.0.weight", torch.zeros(1))], tmp_path / "out", {})
+        plan_shards([spec, spec], 100)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_theta": 1e4, "rope_scaling": None},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32
+            }
+        },
+    ],
+)  # fmt: skip
+def test_rotary_parameters_are_written_in_the_words_of_transformers_5_and_4(given):
+    written = json.loads(hf_config_text(given, {torch.bfloat16}))
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e4
+    scaling = written["rope_parameters"].copy()
+    del scaling["rope_theta"]
+    assert written["rope_scaling"] == (None if scaling["rope_type"] == "default" else scaling)
+    assert json.loads(hf_config_text(written, {torch.bfloat16})) == written

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsd_megatron.checkpoint.model_weights import export_weights, load_weights, named_parameters, save_hf
+from opsd_megatron.checkpoint.live_export import save_hf
+from opsd_megatron.checkpoint.model_weights import export_weights, load_weights, named_parameters
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.architecture import read_architecture

@@ -52,7 +52,8 @@ def layout_of(settings: Settings, teacher_as_student: bool = False):
         ]
     longest = (settings.teacher if teacher_as_student else settings.student) + settings.response
     budget = BatchConfig(
-        student_microbatch_tokens=longest, teacher_microbatch_tokens=2 * (settings.teacher + settings.response)
+        student_microbatch_tokens=longest,
+        teacher_microbatch_tokens=settings.together * (settings.teacher + settings.response),
     )
     return model, mesh, lay_out(rollouts, mesh, budget, architecture.pair_cost)
 
@@ -136,6 +137,12 @@ def main() -> None:
     parser.add_argument("--student", type=int, default=4096, help="tokens of a student prompt")
     parser.add_argument("--teacher", type=int, default=2048, help="tokens of a teacher prompt")
     parser.add_argument("--response", type=int, default=64)
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        help="samples in one microbatch of the teacher; with 1 its matrices have as many rows as the student's",
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
