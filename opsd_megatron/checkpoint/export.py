@@ -22,6 +22,8 @@ from opsd_megatron.errors import CheckpointError
 
 INTERPRETER_BYTES = 500_000_000
 """Python with torch and what this module imports."""
+WRITER_BYTES = 30 * BLOCK_BYTES
+"""Blocks read ahead, converted, hashed and written, and as many that the allocator keeps for each of three threads."""
 _AHEAD = 2
 Item = TypeVar("Item")
 
@@ -48,8 +50,8 @@ def plan_export(model: DistModel, job: ExportJob) -> list[ShardPlan]:
 
 
 def export_memory(job: ExportJob) -> int:
-    """Bytes of resident memory that an export needs at most: blocks read ahead, being converted, hashed and written."""
-    return INTERPRETER_BYTES + job.writers * (_AHEAD + 4) * BLOCK_BYTES
+    """Bytes of resident memory that an export needs at most."""
+    return INTERPRETER_BYTES + job.writers * WRITER_BYTES
 
 
 def export_checkpoint(
