@@ -22,7 +22,7 @@ from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.architecture import Architecture
 
 BLOCK_BYTES = 4 << 20
-"""Rows are read, converted and written in blocks of about this size: few enough bytes for the allocator to use them again
+"""Rows are read, converted and written in blocks of about this size: small enough for the allocator to use them again,
 and for the hash to find them in the cache."""
 _NOT_WEIGHTS = ("optimizer.", "chained_", "teacher.", "rng_state", "random_state", "rerun_state", "_extra_state")
 
