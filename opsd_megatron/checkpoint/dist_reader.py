@@ -50,10 +50,6 @@ class StoredTensor:
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class Located:

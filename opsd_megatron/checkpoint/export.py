@@ -13,7 +13,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any, TypeVar
 
-from opsd_megatron.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, block_of, check_target, model_texts, side_files
+from opsd_megatron.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, beside_weights, block_of, check_target
 from opsd_megatron.checkpoint.manifest import MANIFEST, manifest_text
 from opsd_megatron.checkpoint.shard_plan import ShardPlan, plan_shards
 from opsd_megatron.checkpoint.staging import Block, Staging
@@ -84,11 +84,8 @@ def export_checkpoint(
             written = [pool.submit(staging.write, shard.file, read_ahead(blocks(shard))) for shard in shards]
             for one in written:
                 one.result()
-        for name, text in model_texts(shards, model.architecture.hf_config).items():
-            staging.write(name, [text.encode()])
-        if job.side_files is not None:
-            for path in side_files(job.side_files):
-                staging.write(str(path.relative_to(job.side_files)), [path.read_bytes()])
+        for name, content in beside_weights(shards, model.architecture.hf_config, job.side_files).items():
+            staging.write(name, [content])
         verified = before_finish(staging.files)
         if card is not None:
             staging.write("README.md", [card(verified).encode()])

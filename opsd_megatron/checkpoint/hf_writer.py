@@ -79,21 +79,24 @@ def finish_directory(
 ) -> Path:
     """Adds config, index, side files and last the manifest to written shards, and puts the directory in place."""
     records = list(records)
-    for name, text in model_texts(shards, hf_config).items():
-        records.append(write_file(staging, name, [text.encode()]))
-    if source_dir is not None:
-        for path in side_files(source_dir):
-            records.append(write_file(staging, str(path.relative_to(source_dir)), [path.read_bytes()]))
+    for name, content in beside_weights(shards, hf_config, source_dir).items():
+        records.append(write_file(staging, name, [content]))
     write_file(staging, MANIFEST, [manifest_text(records, facts).encode()])
     put_in_place(staging, out_dir, aside=staging.with_suffix(".old"))
     return out_dir
 
 
-def model_texts(shards: Sequence[ShardPlan], hf_config: Mapping[str, Any]) -> dict[str, str]:
-    """config.json, and the index where there are several files."""
+def beside_weights(
+    shards: Sequence[ShardPlan], hf_config: Mapping[str, Any], source_dir: Path | None
+) -> dict[str, bytes]:
+    """Files by name: config.json, the index where there are several files of tensors, and what is copied."""
     dtypes = {tensor.dtype for shard in shards for tensor in shard.tensors}
-    texts = {"config.json": hf_config_text(hf_config, dtypes)}
-    return texts if len(shards) == 1 else texts | {INDEX_FILE: index_of(shards)}
+    contents = {"config.json": hf_config_text(hf_config, dtypes).encode()}
+    if len(shards) > 1:
+        contents[INDEX_FILE] = index_of(shards).encode()
+    if source_dir is not None:
+        contents |= {str(path.relative_to(source_dir)): path.read_bytes() for path in side_files(source_dir)}
+    return contents
 
 
 def hf_config_text(hf_config: Mapping[str, Any], dtypes: set[torch.dtype]) -> str:

@@ -15,7 +15,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    dtype: str
     shape: tuple[int, ...]
     start: int
     """First byte in the file."""
@@ -34,7 +33,7 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
         entries, end = {}, 0
         for name, entry in described.items():
             start, stop = entry["data_offsets"]
-            entries[name] = HeaderEntry(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
+            entries[name] = HeaderEntry(tuple(entry["shape"]), 8 + length + start)
             end = max(end, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is cut or not a safetensors file: {error}; fetch it again") from error

@@ -5,12 +5,12 @@ So a directory with the final name and a description is complete, and nothing el
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from opsd_megatron.checkpoint.staging import put_in_place, sync, write_durably
 from opsd_megatron.errors import CheckpointError
 
 DESCRIPTION = "state.json"
@@ -64,16 +64,10 @@ def begin(directory: Path, step: int) -> Path:
 def finish(staging: Path, description: dict[str, Any], keep: int) -> Path:
     """Describes and renames what `begin` gave, then removes all but the newest `keep` complete checkpoints."""
     for path in staging.iterdir():
-        _sync(path)
-    (staging / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    _sync(staging / DESCRIPTION)
-    _sync(staging)
-    final = staging.with_suffix("")
-    if final.exists():  # a resumed run that comes to the same step again replaces it
-        final.rename(final.with_suffix(".old"))
-    staging.rename(final)
-    shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-    _sync(final.parent)
+        sync(path)
+    write_durably(staging / DESCRIPTION, json.dumps(description, indent=2))
+    final = staging.with_suffix("")  # there already where a resumed run comes to the same step again
+    put_in_place(staging, final, aside=final.with_suffix(".old"))
     for path in complete_checkpoints(final.parent)[:-keep] if keep else []:
         if path != final:
             shutil.rmtree(path)
@@ -87,11 +81,3 @@ def read_description(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; {path} is not a complete checkpoint") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

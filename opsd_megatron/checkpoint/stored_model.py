@@ -6,6 +6,7 @@ Both are read in rows of a Hugging Face tensor, so that copying, comparing and c
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from opsd_megatron.models.architecture import Architecture
 BLOCK_BYTES = 4 << 20
 """Rows are read, converted and written in blocks of about this size: small enough for the allocator to use them again,
 and for the hash to find them in the cache."""
-_NOT_WEIGHTS = ("optimizer.", "chained_", "teacher.", "rng_state", "random_state", "rerun_state", "_extra_state")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "teacher.", "rng_state", "random_state", "rerun_state")
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,7 @@ def blocks_of(model: StoredModel, part: Part) -> Iterator[Shaped[Tensor, "rows *
 
 def row_blocks(shape: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about BLOCK_BYTES each."""
-    row_bytes = itemsize
-    for size in shape[1:]:
-        row_bytes *= size
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, BLOCK_BYTES // (itemsize * prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 

@@ -48,7 +48,7 @@ def make_model(directory: Path, layers: int) -> None:
     """The model, written with the exporter's own files of known places; values are one random block repeated."""
     import torch
 
-    from opsd_megatron.checkpoint.hf_writer import model_texts, write_shard
+    from opsd_megatron.checkpoint.hf_writer import beside_weights, write_shard
     from opsd_megatron.checkpoint.shard_plan import TensorSpec, plan_shards
     from opsd_megatron.checkpoint.stored_model import parts_of
     from opsd_megatron.models.architecture import architecture_of
@@ -67,8 +67,8 @@ def make_model(directory: Path, layers: int) -> None:
     coming = tensors()
     for shard in shards:
         write_shard(directory, shard, coming)
-    for name, text in model_texts(shards, config).items():
-        (directory / name).write_text(text)
+    for name, content in beside_weights(shards, config, None).items():
+        (directory / name).write_bytes(content)
 
 
 def copy(root: Path) -> None:
