@@ -162,6 +162,8 @@ class Distill:
     """Cap of the train/rollout probability ratio that weights each token of the sampled estimator; None: weight 1."""
     chunk_tokens: int = 256
     """Response rows per pass through the LM head; bounds peak memory at chunk x vocabulary shard."""
+    compiled: bool | None = None
+    """Have torch.compile make few passes of the many over the logits, after a wait at the first step; None: on GPUs."""
 
     def __post_init__(self):
         _require(

@@ -28,11 +28,11 @@ PART_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Logits of a part and of a block, by kind of device."""
 
-ScoreBlock = Callable[[slice, Sequence[Tensor], bool], tuple[Tensor, Tensor | None]]
-"""(rows, buffers, with_gradient) -> ([quantities, rows] with the loss first, factor [rows] of the gradient).
+ScoreBlock = Callable[[slice, Sequence[Tensor], bool], Tensor]
+"""(rows, logits, with_gradient) -> [quantities, rows] with the loss first.
 
-The buffers [rows, vocab_shard] begin with the logits of the student and of the plan's `fixed` and may all be
-overwritten; if there is to be a gradient, the first is left as that of the student's logits but for the factor.
+The logits [rows, vocab_shard] are the student's and those of the plan's `fixed`, all free to be overwritten; if there
+is to be a gradient, the first are left as that of the student's hidden @ columns.T.
 """
 
 
@@ -56,8 +56,6 @@ class ChunkedPass:
     quantities: int
     fixed: tuple[Distribution, ...]
     """Beside the student's: without gradient."""
-    spare_buffers: int
-    """As large as the logits of a block."""
     shard: VocabShard
     temperature: float
     """Of the student."""
@@ -150,18 +148,16 @@ def _run(
     in_place = with_gradient and gradient.dtype == exact
     own = gradient if in_place else values.new_empty(min(part_rows, rows_at_most), width)
     fixed = [values.new_empty(min(part_rows, rows_at_most), width) for _ in plan.fixed]
-    spare = [values.new_empty(min(block_rows, rows_at_most), width) for _ in range(plan.spare_buffers)]
     for chunk in _pieces(slice(0, hidden.shape[0]), plan.chunk_tokens):
         for part in _pieces(chunk, part_rows):
             logits = [own[_within(part, chunk if in_place else part)], *(one[_within(part, part)] for one in fixed)]
             for distribution, written in zip((student, *plan.fixed), logits, strict=True):
                 distribution.write_logits(part, written)
             for block in _pieces(part, block_rows):
-                buffers = [one[_within(block, part)] for one in logits] + [one[_within(block, block)] for one in spare]
-                values[:, block], factor = plan.score(block, buffers, with_gradient)
-                if factor is not None:
-                    factor = factor[:, None] / plan.temperature
-                    torch.mul(buffers[0], factor, out=gradient[_within(block, chunk)])
+                of_block = [one[_within(block, part)] for one in logits]
+                values[:, block] = plan.score(block, of_block, with_gradient)
+                if with_gradient and not in_place:
+                    gradient[_within(block, chunk)] = of_block[0]
         if hidden_gradient is not None:
             _multiply(gradient[_within(chunk, chunk)], columns, hidden_gradient[chunk])
         if weight_gradient is not None:

@@ -8,14 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsd_megatron.config import Distill
+from opsd_megatron.losses.block import row_cross, stage
 from opsd_megatron.losses.chunked import ChunkedPass, Distribution, gradient_dtype, run_chunks
-from opsd_megatron.losses.divergence import (
-    SPARE_BUFFERS,
-    Comparison,
-    compare_,
-    negative_logprob_gradient_,
-    softmax_,
-)
+from opsd_megatron.losses.divergence import Comparison, compare, negative_logprob_gradient, scale_of
 from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.reduce import sum_over
@@ -86,13 +81,17 @@ def distill_head(
     teacher_temperature = objective.teacher_temperature or temperature
     teacher = Distribution(teacher_hidden.detach(), teacher_weight.detach()[: shard.width], teacher_temperature)
 
-    def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        student_logits, teacher_logits, *spare = buffers
-        compared = compare_(student_logits, teacher_logits, spare, targets[rows], shard, objective, with_gradient)
-        values, factor = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
-        return values, factor if with_gradient else None
+    compiled = objective.compiled if objective.compiled is not None else student_hidden.is_cuda
 
-    plan = ChunkedPass(score, 8, (teacher,), SPARE_BUFFERS, shard, student_temperature, objective.chunk_tokens)
+    def score(rows: slice, logits: Sequence[Tensor], with_gradient: bool) -> Tensor:
+        student_logits, teacher_logits = logits
+        compared, write_gradient = compare(student_logits, teacher_logits, targets[rows], shard, objective, compiled)
+        values, factor = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
+        if with_gradient:
+            write_gradient(factor / student_temperature)
+        return values
+
+    plan = ChunkedPass(score, 8, (teacher,), shard, student_temperature, objective.chunk_tokens)
     loss_sum, values = run_chunks(student_hidden, student_weight, plan)
     _, divergence, reverse_kl, entropy, student_logprob, teacher_logprob, advantage, importance = values
     return HeadResult(
@@ -135,19 +134,20 @@ def cross_entropy_head(
     _check_targets(targets, vocab_size)
     weights = weights.to(gradient_dtype(hidden))
 
-    def score(rows: slice, buffers: Sequence[Tensor], with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        logits, probs, scratch = buffers
-        (log_total,) = softmax_(shard, (logits,), (probs,))
-        picked = shard.pick(logits, targets[rows, None])[:, 0]
-        picked, cross = sum_over(torch.stack([picked, -torch.mul(logits, probs, out=scratch).sum(-1)]), tp)
-        logprob, entropy = picked - log_total, cross + log_total
-        values = torch.stack([-weights[rows] * logprob, logprob, entropy])
-        if not with_gradient:
-            return values, None
-        negative_logprob_gradient_(logits, probs, targets[rows], shard)
-        return values, weights[rows]
+    compiled = hidden.is_cuda
 
-    plan = ChunkedPass(score, 3, (), 2, shard, temperature, chunk_tokens)
+    def score(rows: slice, logits: Sequence[Tensor], with_gradient: bool) -> Tensor:
+        scale = scale_of(shard, compiled, *logits)
+        cross = stage(row_cross, compiled, shard.width)(*scale, *logits)
+        picked = shard.pick(logits[0], targets[rows, None])[:, 0]
+        cross, picked = sum_over(torch.stack([cross, picked]), tp)
+        logprob = scale.logprobs(picked)[0]
+        if with_gradient:
+            write_gradient = negative_logprob_gradient(logits[0], scale, targets[rows], shard, compiled)
+            write_gradient(weights[rows] / temperature)
+        return torch.stack([-weights[rows] * logprob, logprob, cross + scale.totals[0].log()])
+
+    plan = ChunkedPass(score, 3, (), shard, temperature, chunk_tokens)
     loss_sum, values = run_chunks(hidden, weight, plan)
     return CrossEntropyResult(loss_sum, values[1], values[2])
 

@@ -38,8 +38,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def gradient_tolerance(name: str, dtype: torch.dtype) -> float:
-    """In reverse over outcomes p (d - mean d) cancels where one outcome has nearly all of the mass."""
-    return TOLERANCE[dtype] * (3 if name == "top 5 reverse" else 1)
+    """In reverse p (d - mean d) cancels where one outcome has nearly all of the mass."""
+    return TOLERANCE[dtype] * (3 if name in ("top 5 reverse", "two temperatures") else 1)
 
 
 def make_problem(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from opsd_megatron.config import Distill
-from opsd_megatron.losses.divergence import SPARE_BUFFERS, compare_
+from opsd_megatron.losses.divergence import compare as compare_blocks
 from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.axis import Axis
 from tests.losses.dense import dense_divergence
@@ -29,8 +29,8 @@ def compare(student: Tensor, teacher: Tensor, objective: Distill, targets: Tenso
     """(comparison, dD/dlogits)"""
     targets = torch.zeros(len(student), dtype=torch.long) if targets is None else targets
     shard, student = VocabShard.of(VOCAB, VOCAB, Axis.single("tp")), student.clone()
-    spare = [torch.full_like(student, torch.nan) for _ in range(SPARE_BUFFERS)]
-    compared = compare_(student, teacher.clone(), spare, targets, shard, objective, with_gradient=True)
+    compared, write_gradient = compare_blocks(student, teacher.clone(), targets, shard, objective)
+    write_gradient(torch.ones_like(student[:, 0]))
     return compared, student
 
 

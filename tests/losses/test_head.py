@@ -77,6 +77,19 @@ def test_neither_do_they_depend_on_parts_and_blocks(monkeypatch, name, dtype):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("name", ["full reverse", "full jsd", "sampled"])
+def test_compiled_passes_give_the_same_for_blocks_of_any_size(monkeypatch, name):
+    problem = with_leaves(make_problem(dtype=torch.float32))
+    eager = run_head(problem, OBJECTIVES[name])
+    expected = gradients(problem, eager.loss_sum)
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", {"cpu": 8 * 128})
+    compiled = run_head(problem, replace(OBJECTIVES[name], compiled=True, chunk_tokens=20))
+    for quantity in ("divergence", "reverse_kl", "student_logprob", "teacher_logprob", "entropy"):
+        torch.testing.assert_close(getattr(compiled, quantity), getattr(eager, quantity), rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients(problem, compiled.loss_sum), expected, strict=True):
+        assert_gradient_close(one, other.double(), 2e-5)
+
+
 @pytest.mark.parametrize("rows", [101, 109, 240])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_teachers_head_may_have_other_padding(name, rows):

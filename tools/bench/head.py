@@ -5,8 +5,9 @@
     python tools/bench/head.py --device cuda --dtype bfloat16 --hidden 5120 --rows 8192
 
 Forward and backward, from hidden states to the gradients of hidden states and LM head, which count as memory for
-everybody: this project's head adds to a `main_grad` that is made inside the run. The last contender is no head: the
-four matrix products that each of them needs, at the chunk size of ours; its time over ours is the share of that floor.
+everybody: this project's head adds to a `main_grad` that is made inside the run. "ours" is compiled, and what its
+compiler holds is there before the run. "products" is no head: the four matrix products that each of them needs, at the
+chunk size of ours; its time over ours is the share of that floor.
 Liger (`pip install --no-deps liger-kernel` does on a CPU) is measured where it is installed.
 """
 
@@ -25,32 +26,41 @@ from opsd_megatron.parallel.axis import Axis
 Inputs = dict[str, Tensor]
 
 
-def ours(settings: argparse.Namespace) -> Run:
+def ours(settings: argparse.Namespace, compiled: bool = True) -> Run:
     inputs = make_inputs(settings)
     hidden, weight = inputs["student_hidden"].requires_grad_(), torch.nn.Parameter(inputs["student_weight"])
     ones = torch.ones(settings.rows, device=settings.device)
 
-    def run() -> Mapping[str, float]:
-        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-        result = distill_head(
-            hidden,
+    def loss_of(rows: slice) -> Tensor:
+        return distill_head(
+            hidden[rows],
             weight,
-            inputs["teacher_hidden"],
+            inputs["teacher_hidden"][rows],
             inputs["teacher_weight"],
-            inputs["targets"],
-            ones,
-            ones,
-            objective=Distill(chunk_tokens=settings.chunk),
+            inputs["targets"][rows],
+            ones[rows],
+            ones[rows],
+            objective=Distill(chunk_tokens=settings.chunk, compiled=compiled),
             temperature=1.0,
             tp=Axis.single("tp"),
             vocab_size=settings.vocab,
-        )
-        result.loss_sum.backward()
-        figures = summary(result.loss_sum, (hidden.grad, weight.main_grad))  # type: ignore[arg-type]
+        ).loss_sum
+
+    loss_of(slice(4))
+
+    def run() -> Mapping[str, float]:
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        loss_sum = loss_of(slice(None))
+        loss_sum.backward()
+        figures = summary(loss_sum, (hidden.grad, weight.main_grad))  # type: ignore[arg-type]
         hidden.grad = weight.grad = weight.main_grad = None
         return {name: value / settings.rows for name, value in figures.items()}  # the others take the mean
 
     return run
+
+
+def ours_eager(settings: argparse.Namespace) -> Run:
+    return ours(settings, compiled=False)
 
 
 def of_autograd(settings: argparse.Namespace, loss_of: Callable[[Inputs], Tensor]) -> Run:
@@ -158,6 +168,7 @@ def make_inputs(settings: argparse.Namespace) -> Inputs:
 
 CONTENDERS = {
     "ours": ours,
+    "ours-eager": ours_eager,
     "liger": liger_eager,
     "liger-compiled": liger_compiled,
     "liger-triton": liger_triton,

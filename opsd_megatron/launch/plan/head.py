@@ -3,25 +3,35 @@
 from opsd_megatron.config import Distill, SelfSft
 from opsd_megatron.launch.plan.activations import SINGLE, Tensors, Widths
 from opsd_megatron.losses.chunked import BLOCK_ELEMENTS, PART_ELEMENTS
-from opsd_megatron.losses.divergence import SPARE_BUFFERS
+
+_EAGER_TENSORS = 8
+"""As large as the logits of a block and alive at once when `losses/block.py` is not compiled."""
 
 
 def head_bytes(objective: Distill | SelfSft, rows: int, w: Widths) -> Tensors:
     """At the last chunk of `rows` response rows on one rank; the head's gradient is made in `main_grad`."""
     kind = "cuda" if w.is_cuda else "cpu"
-    part, block = (max(1, elements[kind] // w.vocab) for elements in (PART_ELEMENTS, BLOCK_ELEMENTS))
-    chunk = min(objective.chunk_tokens, rows)
-    part, block = min(part, chunk), min(block, chunk)
-    teachers, spares = (1, SPARE_BUFFERS) if isinstance(objective, Distill) else (0, 2)
+    most_part, most_block = (max(1, elements[kind] // w.vocab) for elements in (PART_ELEMENTS, BLOCK_ELEMENTS))
+    chunk = _even_piece(rows, objective.chunk_tokens)
+    part = _even_piece(chunk, most_part)
+    block = _even_piece(part, most_block)
+    is_distillation = isinstance(objective, Distill)
+    stored = 0 if w.is_cuda and (not is_distillation or objective.compiled is not False) else _EAGER_TENSORS
     buffers = {
         "rows of the student": rows * w.hidden * w.value,
         "gradient of the rows": rows * w.hidden * SINGLE,
         "gradient of a chunk's logits": chunk * w.vocab * w.value,
-        "logits of the teacher": teachers * part * w.vocab * SINGLE,
-        "spare logits": spares * block * w.vocab * SINGLE,
+        "logits of the teacher": is_distillation * part * w.vocab * SINGLE,
+        "logits on the way": stored * block * w.vocab * SINGLE,
     }
     if w.value != SINGLE:
         buffers["logits of the student"] = part * w.vocab * SINGLE
     if w.value != SINGLE and not w.is_cuda:  # a CPU multiplies bfloat16 into float32 by way of a copy
         buffers["gradient of a chunk's logits in float32"] = chunk * w.vocab * SINGLE
     return buffers
+
+
+def _even_piece(rows: int, most: int) -> int:
+    """The largest of as few even pieces as can be."""
+    pieces = -(-rows // most)
+    return -(-rows // pieces) if pieces else 0
