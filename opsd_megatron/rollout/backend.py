@@ -30,6 +30,10 @@ class UpdateLost(ServerError):
     """The server restarted inside a weight update, or another client ended it; publish again from the start."""
 
 
+class Unsupported(ServerError):
+    """This kind of server cannot do it; its capabilities say so beforehand."""
+
+
 class WrongWeightVersion(ServerError):
     """Responses came from other weights than the trainer's, for example because the server restarted.
 
@@ -50,6 +54,8 @@ class GenerateRequest:
     top_p: float = 1.0
     """1 is off."""
     top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
     """0 is off."""
     seed: int | None = None
     """Sample i draws from seed + i, where the server honours seeds."""
@@ -82,11 +88,13 @@ class GenerateResult:
     samples: tuple[Sample, ...]
     prompt_tokens: int
     server_id: str
+    cached_tokens: int | None = None
+    """Of the prompt, found in the server's prefix cache; None where it does not say."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What serves."""
+    """What serves; numbers are 0 and names empty where a server does not say."""
 
     server_id: str
     """Another one after a restart."""
@@ -97,6 +105,58 @@ class ServerInfo:
     vocab_size: int
     max_model_len: int
     weight_version: str
+
+
+PauseMode = Literal["keep", "wait", "abort"]
+"""keep: requests stand still and go on later; wait: they finish first; abort: they end with what they have."""
+Transport = Literal["disk", "http", "gloo", "nccl"]
+Memory = Literal["weights", "kv_cache"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a server can do, probed from its routes and replies."""
+
+    logprob_kind: Literal["raw", "processed"]
+    seeded: bool
+    """Equal seeds give equal responses, bit for bit."""
+    has_spans: bool
+    """Replies say which weights sampled which token."""
+    pause_modes: frozenset[PauseMode]
+    transports: frozenset[Transport]
+    has_atomic_updates: bool
+    """A failed update leaves the old weights whole; elsewhere it leaves a mixture that looks healthy."""
+    has_checksum: bool
+    can_score: bool
+    can_sleep: bool
+    """Gives its memory back and takes it again: `sleep` and `wake`."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that will be broadcast, under its Hugging Face name."""
+
+    name: str
+    dtype: str
+    """As torch spells it, without the prefix: bfloat16."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TransferGroup:
+    """A process group of the trainer's sender (rank 0) and all ranks of the servers."""
+
+    kind: Literal["gloo", "nccl"]
+    host: str
+    port: int
+    """Of the store at which the members meet."""
+    rank_offset: int
+    """Rank of the first of this server's ranks."""
+    world_size: int
+    name: str
+    """Another one after every change of members."""
+    bucket_bytes: int
+    """Tensors are broadcast in packed buckets, each closed right after it exceeds this."""
 
 
 @runtime_checkable
@@ -115,28 +175,64 @@ class RolloutBackend(Protocol):
         """One result per request, in order; the requests run concurrently."""
         ...
 
-    def pause(self, mode: Literal["keep", "wait", "abort"]) -> None: ...
+    def capabilities(self) -> Capabilities: ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each sequence the log-probs, in nats at temperature 1, of its tokens but the first."""
+        ...
+
+    def pause(self, mode: PauseMode) -> None: ...
 
     def resume(self) -> None: ...
 
     def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        """Number of requests ended with what they have; None ends all."""
+        """Number of requests ended with what they have (0 where the server does not say); None ends all."""
+        ...
+
+    def flush_cache(self) -> None:
+        """No later request reads keys and values that were computed before."""
         ...
 
     def begin_update(self, version: str) -> None: ...
 
     def push(self, bucket: Mapping[str, Tensor]) -> None:
-        """Stages tensors under their Hugging Face names."""
+        """Transport http: stages tensors under their Hugging Face names."""
         ...
 
+    def world_size(self) -> int:
+        """Ranks that take part in a transfer group."""
+        ...
+
+    def join_group(self, group: TransferGroup) -> None:
+        """Transports gloo and nccl: blocks until the server's ranks have met the others."""
+        ...
+
+    def receive(self, tensors: Sequence[TensorInfo]) -> None:
+        """Between `begin_update` and `finish_update`: blocks until all have come through the group, in this order."""
+        ...
+
+    def leave_group(self) -> None: ...
+
     def finish_update(self, version: str) -> None:
-        """The server swaps everything staged in at once, or refuses and serves the old weights."""
+        """The server serves what it was given, under that version, or raises."""
         ...
 
     def abort_update(self) -> None: ...
 
-    def update_from_disk(self, path: str, version: str) -> None: ...
+    def update_from_disk(self, path: str, version: str) -> None:
+        """A whole update from a Hugging Face directory that the server can read."""
+        ...
 
     def checksum(self) -> dict[str, str]:
         """sha256 of each served tensor, by Hugging Face name."""
         ...
+
+    def sleep(self) -> None:
+        """Releases the memory of weights and cache; the server serves nothing until it has been woken."""
+        ...
+
+    def wake(self, what: Sequence[Memory]) -> None:
+        """Takes that memory again. Woken weights hold nothing until an update has filled them."""
+        ...
+
+    def close(self) -> None: ...

@@ -9,20 +9,26 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import safetensors.torch
 from torch import Tensor
 
 from opsd_megatron.rollout.backend import (
+    Capabilities,
     GenerateRequest,
     GenerateResult,
     MalformedReply,
+    Memory,
+    PauseMode,
     ServerInfo,
     ServerRefused,
     ServerUnauthorized,
     ServerUnreachable,
+    TensorInfo,
+    TransferGroup,
+    Unsupported,
     UpdateLost,
 )
 from opsd_megatron.rollout.replies import parse_generate, parse_info
@@ -113,7 +119,44 @@ class EmbeddedBackend:
             for future in futures:
                 future.cancel()
 
-    def pause(self, mode: Literal["keep", "wait", "abort"]) -> None:
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            logprob_kind="processed",
+            seeded=self.info().seeded,
+            has_spans=True,
+            pause_modes=frozenset(("keep", "wait", "abort")),
+            transports=frozenset(("disk", "http")),
+            has_atomic_updates=True,
+            has_checksum=True,
+            can_score=False,
+            can_sleep=False,
+        )
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise Unsupported(f"{self.url} does not score prompts")
+
+    def flush_cache(self) -> None:
+        """A swap leaves nothing to flush."""
+
+    def world_size(self) -> int:
+        return 1
+
+    def join_group(self, group: TransferGroup) -> None:
+        raise Unsupported(f"{self.url} knows no {group.kind} group")
+
+    def receive(self, tensors: Sequence[TensorInfo]) -> None:
+        raise Unsupported(f"{self.url} has joined no group")
+
+    def leave_group(self) -> None:
+        pass
+
+    def sleep(self) -> None:
+        raise Unsupported(f"{self.url} cannot sleep")
+
+    def wake(self, what: Sequence[Memory]) -> None:
+        raise Unsupported(f"{self.url} cannot sleep")
+
+    def pause(self, mode: PauseMode) -> None:
         self._call("POST", f"/pause?mode={mode}", timeout=UPDATE_S)
 
     def resume(self) -> None:
@@ -214,6 +257,7 @@ def as_wire(request: GenerateRequest) -> dict:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "top_k": request.top_k,
+            "min_p": request.min_p,
             "seed": request.seed,
             "stop_token_ids": list(request.stop_token_ids),
             "ignore_eos": request.ignore_eos,
