@@ -4,6 +4,7 @@ Everything that can be wrong with such a directory is a CheckpointError that nam
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opsd_megatron.checkpoint.safetensors_file import DTYPES, read_exactly, read_header
+from opsd_megatron.checkpoint.weight_map import IGNORABLE_SUFFIXES, weights_of
 from opsd_megatron.errors import CheckpointError
+from opsd_megatron.models.architecture import Architecture
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -118,6 +121,31 @@ class HfReader:
                 raise CheckpointError(
                     f"{self.directory / shard} holds {_some(unlisted)} that {INDEX_FILE} does not list"
                 )
+
+
+def problems_of(reader: HfReader, architecture: Architecture) -> list[str]:
+    """What is missing, spare or of another shape or dtype for such a model, by name; empty when all is well."""
+    weights = weights_of(architecture)
+    wanted = {name: shape for weight in weights for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)}
+    found = [f"{name} is missing" for name in sorted(set(wanted) - reader.names)]
+    spare = {name for name in reader.names - set(wanted) if not name.endswith(IGNORABLE_SUFFIXES)}
+    if architecture.tied:
+        spare.discard("lm_head.weight")
+    found += [f"{name} has no place in the model of config.json" for name in sorted(spare)]
+    for name, shape in wanted.items():
+        if name in reader:
+            try:
+                reader.check(name, shape)
+            except CheckpointError as error:
+                found.append(str(error))
+    return found
+
+
+def refuse(problems: Sequence[str], where: Any) -> None:
+    """CheckpointError that lists problems, unless there are none."""
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:8])}{more}")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from opsd_megatron.checkpoint.agreement import raise_on_all, together
-from opsd_megatron.checkpoint.hf_files import HfReader
+from opsd_megatron.checkpoint.hf_files import HfReader, problems_of, refuse
 from opsd_megatron.checkpoint.reshard import (
     join_shards,
     merge_gate_up,
@@ -26,7 +26,7 @@ from opsd_megatron.checkpoint.reshard import (
     split_qkv,
     trim_rows,
 )
-from opsd_megatron.checkpoint.weight_map import EMBEDDING, HEAD, IGNORABLE_SUFFIXES, Weight, weights_of
+from opsd_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Weight, weights_of
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.architecture import Architecture
 from opsd_megatron.models.build import unwrap
@@ -73,7 +73,7 @@ def load_weights(chunks: Sequence[nn.Module], architecture: Architecture, hf_dir
 def _load(parameters: dict[str, Parameter], architecture: Architecture, hf_dir: Path, tp: Axis) -> None:
     weights = list(weights_of(architecture))
     reader = HfReader(hf_dir)
-    _check_names(reader, weights, architecture)
+    refuse(problems_of(reader, architecture), hf_dir)
     if architecture.tied:
         _check_tied_copy(reader)
     unfilled = set(parameters)
@@ -90,22 +90,6 @@ def _load(parameters: dict[str, Parameter], architecture: Architecture, hf_dir: 
             f"{hf_dir}: no row of the {architecture.family} weight table fills {sorted(unfilled)}; "
             "the model was built with parts that this checkpoint does not have"
         )
-
-
-def _check_names(reader: HfReader, weights: Sequence[Weight], architecture: Architecture) -> None:
-    wanted = {name: shape for weight in weights for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)}
-    if missing := sorted(set(wanted) - reader.names):
-        raise CheckpointError(f"{reader.directory} lacks {missing}, which config.json asks for")
-    spare = {name for name in reader.names - set(wanted) if not name.endswith(IGNORABLE_SUFFIXES)}
-    if architecture.tied:
-        spare.discard("lm_head.weight")
-    if spare:
-        raise CheckpointError(
-            f"{reader.directory} holds {sorted(spare)}, which a {architecture.family} model with this config.json has "
-            "no place for; check tie_word_embeddings, attention_bias and num_hidden_layers"
-        )
-    for name, shape in wanted.items():
-        reader.check(name, shape)
 
 
 def _check_tied_copy(reader: HfReader) -> None:

@@ -15,11 +15,10 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from opsd_megatron.checkpoint.dist_reader import DistReader, Located
-from opsd_megatron.checkpoint.hf_files import HfReader
+from opsd_megatron.checkpoint.hf_files import HfReader, problems_of, refuse
 from opsd_megatron.checkpoint.reshard import Piece, pieces_of
 from opsd_megatron.checkpoint.shard_plan import TensorSpec
-from opsd_megatron.checkpoint.weight_map import IGNORABLE_SUFFIXES, Weight, weights_of
-from opsd_megatron.errors import CheckpointError
+from opsd_megatron.checkpoint.weight_map import Weight, weights_of
 from opsd_megatron.models.architecture import Architecture
 
 BLOCK_BYTES = 4 << 20
@@ -73,19 +72,7 @@ class HfModel:
         self.architecture, self.reader = architecture, HfReader(directory)
 
     def problems(self) -> list[str]:
-        wanted = {part.name: part.shape for part in parts_of(self.architecture)}
-        found = [f"{name} is missing" for name in sorted(set(wanted) - self.reader.names)]
-        spare = {name for name in self.reader.names - set(wanted) if not name.endswith(IGNORABLE_SUFFIXES)}
-        if self.architecture.tied:
-            spare.discard("lm_head.weight")
-        found += [f"{name} has no place in the model of config.json" for name in sorted(spare)]
-        for name, shape in wanted.items():
-            if name in self.reader:
-                try:
-                    self.reader.check(name, shape)
-                except CheckpointError as error:
-                    found.append(str(error))
-        return found
+        return problems_of(self.reader, self.architecture)
 
     def dtype(self, part: Part) -> torch.dtype:
         return self.reader.dtype(part.name)
@@ -159,9 +146,7 @@ def _is_other_state(key: str) -> bool:
 
 def refuse_problems(model: StoredModel, where: Any) -> None:
     """CheckpointError that names everything that is wrong with the names and shapes of a model at rest."""
-    if problems := model.problems():
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{where}: {shown}")
+    refuse(model.problems(), where)
 
 
 def blocks_of(model: StoredModel, part: Part) -> Iterator[Shaped[Tensor, "rows *columns"]]:

@@ -222,4 +222,5 @@ class Run:
 
     def _export(self) -> None:
         target = self.config.checkpoint.directory / "hf"
-        save_hf(self.chunks, self.architecture, self.mesh, self.config.model.path, target, overwrite=True)
+        source, facts = self.config.model.path, {"step": self.step}
+        save_hf(self.chunks, self.architecture, self.mesh, source, target, overwrite=True, facts=facts)

@@ -27,7 +27,7 @@ def save_and_count(directory: Path, out: Path, layout: ParallelConfig, failing_r
     """Files that this rank wrote, or the error that it saw."""
     mesh = build_mesh(layout)
     architecture = read_architecture(directory)
-    chunks = build_model(architecture, mesh, torch.float32)
+    chunks = build_model(architecture, mesh, torch.float32, "full")  # recomputation must not show in names
     load_weights(chunks, architecture, directory, mesh)
     written, write_shard = [], live_export.write_shard
 

@@ -212,8 +212,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensors: tensors.pop(UP), ["lacks", UP]),
-        (lambda tensors: tensors.update(spare=torch.zeros(1)), ["holds", "spare", "no place"]),
+        (lambda tensors: tensors.pop(UP), [UP, "is missing"]),
+        (lambda tensors: tensors.update(spare=torch.zeros(1)), ["spare", "no place"]),
         (
             lambda tensors: tensors.update({UP: torch.zeros(3, 5)}),
             ["model.safetensors", UP, "[3, 5]", "[96, 64]"],
