@@ -1,4 +1,4 @@
-"""Core attention over a token tree, as Megatron's attention layer calls it, and what carries the tree there."""
+"""Rotation and core attention over a token tree, as Megatron's attention layer calls it, and what carries the tree."""
 
 from dataclasses import dataclass
 
@@ -6,24 +6,25 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from opsd_megatron.models.rotary import Rotation, rotate
 from opsd_megatron.parallel.context import ContextShard
 from opsd_megatron.parallel.ring_attention import ring_attention
 
 
 @dataclass
 class ShardCarrier(PackedSeqParams):
-    """Takes a shard through Megatron's layers to rotary positions and attention.
+    """Takes a shard and its rotary positions through Megatron's layers to attention.
 
-    With `qkv_format` other than thd core leaves q, k and v as [tokens, 1, heads, head_dim] and rotates them by the
-    angles it was given.
+    With `qkv_format` other than thd core leaves q, k and v as [tokens, 1, heads, head_dim].
     """
 
     qkv_format: str = "sbhd"
     shard: ContextShard | None = None
+    rotation: Rotation | None = None
 
 
 class TreeAttention(torch.nn.Module):
-    """softmax(scale * q k^T) v, where a token sees its ancestors in the shard's tree; a ring over the shard's cp."""
+    """softmax(scale * q k^T) v of rotated q and k; a token sees its ancestors in the shard's tree; a ring over cp."""
 
     def __init__(
         self,
@@ -51,9 +52,8 @@ class TreeAttention(torch.nn.Module):
         packed_seq_params: ShardCarrier | None = None,
     ) -> Tensor:
         """[tokens, 1, heads * head_dim] from [tokens, 1, heads or kv_heads, head_dim]."""
-        if packed_seq_params is None or packed_seq_params.shard is None:
+        if packed_seq_params is None or packed_seq_params.shard is None or packed_seq_params.rotation is None:
             raise ValueError("TreeAttention needs the shard in packed_seq_params; call the model as model(shard)")
-        mixed = ring_attention(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.shard, self.scale
-        )  # [tokens, heads, head_dim]
+        query, key = (rotate(heads.squeeze(1), packed_seq_params.rotation) for heads in (query, key))
+        mixed = ring_attention(query, key, value.squeeze(1), packed_seq_params.shard, self.scale)
         return mixed.reshape(mixed.shape[0], 1, -1)

@@ -48,17 +48,16 @@ class TreeModel(GPTModel):
             pre_process=number == 0,
             post_process=number == mesh.pp.size * (mesh.vpp or 1) - 1,
             share_embeddings_and_output_weights=architecture.tied,
-            position_embedding_type="none",
+            position_embedding_type="none",  # TreeAttention rotates
             pg_collection=mesh.collection,
             vp_stage=chunk,
         )
         self.architecture = architecture
-        self.position_embedding_type = "rope"  # only now: core would have built its own rotary module
-        self.rotary_pos_emb = TreeRotary(architecture.rope, architecture.head_dim)
+        self.rotary = TreeRotary(architecture.rope, architecture.head_dim)
 
     def forward(self, shard: ContextShard, embedded: Tensor | None = None) -> Float[Tensor, "tokens 1 hidden"]:
         """`embedded` [tokens, 1, hidden] takes the place of the token ids' embedding."""
-        carrier = ShardCarrier(shard=shard)
+        carrier = ShardCarrier(shard=shard, rotation=self.rotary(shard.position_ids, self.config.params_dtype))
         ids = shard.token_ids[None]
         return super().forward(ids, None, None, decoder_input=embedded, packed_seq_params=carrier)  # type: ignore[arg-type]
 

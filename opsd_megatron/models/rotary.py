@@ -1,37 +1,62 @@
 """Rotary positions (arXiv:2104.09864) read from the batch: plain, llama3 and YaRN (arXiv:2309.00071).
 
 Core's own module counts positions itself, slices them for context parallelism with CUDA calls, and knows only one set
-of llama3 parameters (core/models/common/embeddings/rotary_pos_embedding.py, 0.16.1).
+of llama3 parameters (core/models/common/embeddings/rotary_pos_embedding.py, 0.16.1); and its layers make cosines and
+sines of their own, each of which is kept for the backward pass.
 """
 
 import math
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from opsd_megatron.models.architecture import RopeConfig
 
+Rotation = tuple[Float[Tensor, "tokens 1 half_head_dim"], Float[Tensor, "tokens 1 half_head_dim"]]
+"""Cosines and sines."""
+
 
 class TreeRotary(torch.nn.Module):
-    """Angles for the positions of the current microbatch; takes the place of GPTModel.rotary_pos_emb."""
+    """Cosines and sines for the positions of a microbatch, made once for all of its layers."""
 
     def __init__(self, rope: RopeConfig, head_dim: int):
         super().__init__()
         # a plain attribute: as a buffer it would follow the model to bfloat16 and lose the positions
         self.inverse_frequencies = inverse_frequencies(rope, head_dim)
 
-    def get_rotary_seq_len(self, inference_context, decoder, decoder_input, config, packed_seq_params):
-        """What GPTModel hands on to `forward`: here the positions themselves."""
-        return packed_seq_params.shard.position_ids
-
-    def forward(
-        self, position_ids: Int64[Tensor, "tokens"], packed_seq: bool = False, cp_group=None
-    ) -> Float32[Tensor, "tokens 1 1 head_dim"]:
-        """Angles in radians, in float32 whatever the model's dtype; the second half repeats the first."""
+    def forward(self, position_ids: Int64[Tensor, "tokens"], dtype: torch.dtype) -> Rotation:
+        """In `dtype`, from angles in float32."""
         self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
         angles = position_ids.float()[:, None] * self.inverse_frequencies  # [tokens, head_dim / 2]
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(heads: Float[Tensor, "tokens heads head_dim"], by: Rotation) -> Float[Tensor, "tokens heads head_dim"]:
+    """Every pair (i, i + head_dim / 2) turned by its angle; for the backward pass only `by` is kept."""
+    return _Rotate.apply(heads, *by)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _turned(heads, cosines, sines)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        cosines, sines = ctx.saved_tensors
+        return _turned(gradient, cosines, -sines), None, None
+
+
+def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    out_first, out_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cosines, out=out_first).sub_(second * sines)
+    torch.mul(second, cosines, out=out_second).add_(first * sines)
+    return turned
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32[Tensor, "half_head_dim"]:

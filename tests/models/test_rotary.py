@@ -1,11 +1,9 @@
-import math
-
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from opsd_megatron.models.architecture import architecture_of
-from opsd_megatron.models.rotary import TreeRotary, attention_factor, inverse_frequencies
+from opsd_megatron.models.rotary import TreeRotary, attention_factor, inverse_frequencies, rotate
 from tests.tiny_models import LLAMA3, PLAIN, YARN, tiny_config
 
 CASES = [
@@ -38,11 +36,22 @@ def test_plain_frequencies_are_powers_of_theta():
     assert attention_factor(rope) == 1.0
 
 
-def test_angles_stay_in_float32_when_the_model_goes_to_bfloat16():
+def test_angles_are_float32_whatever_the_dtype_of_the_model():
     """At position 131071 a bfloat16 frequency would be off by hundreds of radians."""
     rope = architecture_of(tiny_config("qwen3").to_dict()).rope
-    rotary = TreeRotary(rope, 24).bfloat16()
-    angles = rotary(torch.tensor([0, 7, 131071]))
-    assert angles.dtype == torch.float32 and angles.shape == (3, 1, 1, 24)
-    assert angles[1, 0, 0, 0].item() == 7 and angles[2, 0, 0, 12].item() == 131071
-    assert angles[2, 0, 0, 5].item() == pytest.approx(131071 * 1e4 ** (-10 / 24), abs=2 * math.pi * 1e-2)
+    cosines, sines = TreeRotary(rope, 24).bfloat16()(torch.tensor([0, 7, 131071]), torch.bfloat16)
+    assert cosines.dtype == sines.dtype == torch.bfloat16 and cosines.shape == (3, 1, 12)
+    angles = torch.tensor([0, 7, 131071], dtype=torch.float64)[:, None] * 1e4 ** (-torch.arange(12).double() / 12)
+    torch.testing.assert_close(cosines[:, 0].double(), angles.cos(), rtol=0, atol=2e-2)
+    torch.testing.assert_close(sines[:, 0].double(), angles.sin(), rtol=0, atol=2e-2)
+
+
+def test_rotation_keeps_lengths_and_its_gradient_is_the_rotation_back():
+    generator = torch.Generator().manual_seed(0)
+    rope = architecture_of(tiny_config("qwen3").to_dict()).rope
+    by = TreeRotary(rope, 24)(torch.arange(5), torch.float64)
+    heads = torch.randn(5, 3, 24, generator=generator, dtype=torch.float64).requires_grad_()
+    turned = rotate(heads, by)
+    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+    torch.testing.assert_close(torch.autograd.grad(turned, heads, turned.detach())[0], heads)
+    assert torch.autograd.gradcheck(lambda given: rotate(given, by), heads)

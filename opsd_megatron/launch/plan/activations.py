@@ -98,7 +98,6 @@ def _attention(w: Widths, keeps_norm_output: bool) -> Tensors:
         if not w.is_cuda:
             kept["query and key norms"] = projected * SINGLE * (1 if w.value == SINGLE else 2)
     return kept | {
-        "rotary cosines and sines": 4 * w.wide(w.head_dim),  # of queries and of keys
         "rotated queries": w.wide(w.queries),
         "keys and values": w.wide(2 * w.keys),
         "attention output": w.wide(w.queries),

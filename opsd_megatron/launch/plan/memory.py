@@ -226,7 +226,8 @@ def _student_pass(rank: _Rank) -> list[Moment]:
     kept = _times(kept_by_layer(w, recompute), chunks * layers)
     below = _times(kept_by_layer(w, recompute), chunks * layers - 1)
     others = _times(kept_by_layer(w, recompute), (chunks - 1) * layers)
-    always = _teacher_rows(rank) | _teacher_head(rank) | _pipeline_buffers(rank)
+    rotation = {"rotary positions": {"cosines and sines": chunks * w.wide(w.head_dim)}}
+    always = _teacher_rows(rank) | _teacher_head(rank) | _pipeline_buffers(rank) | rotation
     moments = []
     if rank.is_last:
         end = {"last hidden states": w.stream, "final norm": 3 * w.stream}
