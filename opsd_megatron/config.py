@@ -68,6 +68,9 @@ class ModelConfig:
     recompute: Literal["none", "norms", "mlp", "mlp+norms", "full"] = "none"
     """Activations computed again in the backward pass: none, the norms before attention and MLP, the MLPs, both, or
     whole layers. Never core attention alone."""
+    attention: Literal["ring", "te"] = "ring"
+    """ring: flash attention over token trees, a ring under cp. te: Transformer Engine's, with its own ring, for
+    microbatches of one plain sequence, ring for all others."""
     yarn_factor: float | None = None
     """Override: run with YaRN at this factor over the model's original context (Qwen2.5 and Qwen3 beyond 32k). The
     inference server must do the same."""

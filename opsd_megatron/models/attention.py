@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.rotary import Rotation, rotate
 from opsd_megatron.parallel.context import ContextShard
 from opsd_megatron.parallel.ring_attention import ring_attention
@@ -55,5 +57,37 @@ class TreeAttention(torch.nn.Module):
         if packed_seq_params is None or packed_seq_params.shard is None or packed_seq_params.rotation is None:
             raise ValueError("TreeAttention needs the shard in packed_seq_params; call the model as model(shard)")
         query, key = (rotate(heads.squeeze(1), packed_seq_params.rotation) for heads in (query, key))
-        mixed = ring_attention(query, key, value.squeeze(1), packed_seq_params.shard, self.scale)
+        mixed = self._mix(query, key, value.squeeze(1), packed_seq_params.shard)
         return mixed.reshape(mixed.shape[0], 1, -1)
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, shard: ContextShard) -> Tensor:
+        return ring_attention(query, key, value, shard, self.scale)
+
+
+class EngineAttention(TreeAttention):
+    """Transformer Engine's attention, with its own ring over cp, where the shard is one plain sequence dealt as it
+    deals them; the tree's own elsewhere."""
+
+    def __init__(self, *, config, layer_number, attention_type, pg_collection=None, **others):
+        super().__init__(
+            config=config,
+            layer_number=layer_number,
+            attention_type=attention_type,
+            pg_collection=pg_collection,
+            **others,
+        )
+        from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
+
+        if not HAVE_TE:
+            raise ConfigError(
+                'model.attention=te needs Transformer Engine: pip install "opsd-megatron[te]", or use ring'
+            )
+        self.engine = TEDotProductAttention(
+            config, layer_number, AttnMaskType.causal, attention_type, None, self.scale, pg_collection=pg_collection
+        )
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, shard: ContextShard) -> Tensor:
+        if not shard.is_plain:
+            return super()._mix(query, key, value, shard)
+        heads = (part.unsqueeze(1) for part in (query, key, value))  # [tokens, 1, heads, head_dim]
+        return self.engine(*heads, None, AttnMaskType.causal).squeeze(1)

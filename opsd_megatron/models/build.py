@@ -15,13 +15,14 @@ from torch import Tensor
 
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.models.architecture import Architecture, check_layout, padded_vocab
-from opsd_megatron.models.attention import ShardCarrier, TreeAttention
+from opsd_megatron.models.attention import EngineAttention, ShardCarrier, TreeAttention
 from opsd_megatron.models.norm import NormRecomputingLayer, RecomputedRmsNorm, RmsNorm
 from opsd_megatron.models.rotary import TreeRotary, attention_factor
 from opsd_megatron.parallel.context import ContextShard
 from opsd_megatron.parallel.mesh import Mesh
 
 Recompute = Literal["none", "norms", "mlp", "mlp+norms", "full"]
+Attention = Literal["ring", "te"]
 
 
 class TreeModel(GPTModel):
@@ -38,11 +39,12 @@ class TreeModel(GPTModel):
         config: TransformerConfig,
         chunk: int | None,
         recompute: Recompute,
+        attention: Attention,
     ):
         number = mesh.pp.rank + (chunk or 0) * mesh.pp.size
         super().__init__(
             config,
-            block_spec(config, mesh, chunk, recompute),  # type: ignore[arg-type]  # core takes it, its annotation does not
+            block_spec(config, mesh, chunk, recompute, attention),  # type: ignore[arg-type]  # core takes it, its annotation does not
             vocab_size=padded_vocab(architecture, mesh.tp.size),
             max_sequence_length=architecture.max_positions,
             pre_process=number == 0,
@@ -66,18 +68,22 @@ class TreeModel(GPTModel):
 
 
 def build_model(
-    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, recompute: Recompute = "none"
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    attention: Attention = "ring",
 ) -> list[TreeModel]:
     """This rank's model chunks, first to last, on the mesh's device, with random weights until a checkpoint is loaded.
 
     Raises:
-        ConfigError: the layout does not divide the network.
+        ConfigError: the layout does not divide the network, or `attention` is not installed.
     """
     layout = ParallelConfig(mesh.tp.size, mesh.pp.size, mesh.vpp, mesh.cp.size, mesh.sequence_parallel)
     check_layout(architecture, layout)
     config = transformer_config(architecture, mesh, dtype, recompute)
     stages = [None] if mesh.vpp is None else list(range(mesh.vpp))
-    return [TreeModel(architecture, mesh, config, chunk, recompute) for chunk in stages]
+    return [TreeModel(architecture, mesh, config, chunk, recompute, attention) for chunk in stages]
 
 
 def transformer_config(
@@ -126,7 +132,7 @@ def transformer_config(
 
 
 def block_spec(
-    config: TransformerConfig, mesh: Mesh, chunk: int | None, recompute: Recompute
+    config: TransformerConfig, mesh: Mesh, chunk: int | None, recompute: Recompute, attention: Attention
 ) -> TransformerBlockSubmodules:
     """The modules of this chunk's layers: core's local ones, with our norm and attention.
 
@@ -136,9 +142,10 @@ def block_spec(
     norm = RmsNorm
     if recompute in ("norms", "mlp+norms"):
         layer.module, norm = NormRecomputingLayer, RecomputedRmsNorm
-    attention = layer.submodules.self_attention
+    own = layer.submodules.self_attention
+    core = {"ring": TreeAttention, "te": EngineAttention}[attention]
     norms = {"q_layernorm": RmsNorm, "k_layernorm": RmsNorm} if config.qk_layernorm else {}
-    attention.submodules = replace(attention.submodules, core_attention=TreeAttention, **norms)
+    own.submodules = replace(own.submodules, core_attention=core, **norms)
     layer.submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
     layers = [layer] * get_num_layers_to_build(config, chunk, mesh.pp.rank)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm)  # type: ignore[arg-type]

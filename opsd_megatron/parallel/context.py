@@ -61,6 +61,16 @@ class ContextShard:
         sources = [self.blocks[(rank - hop) % size] for hop in range(size)]
         return tuple(plan_calls(self.tree, self.blocks[rank], source, hop == 0) for hop, source in enumerate(sources))
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether this is one sequence without padding, of which rank k holds chunks k and 2*size-1-k of 2*size."""
+        length, pieces = self.tree.num_tokens, 2 * self.cp.size
+        if len(self.tree.nodes) != 1 or length % pieces or self.local_tokens * self.cp.size != length:
+            return False
+        first, second = (length // pieces * chunk for chunk in (self.cp.rank, pieces - 1 - self.cp.rank))
+        chunk = np.arange(length // pieces)
+        return bool((self.position_ids.cpu().numpy() == np.concatenate((first + chunk, second + chunk))).all())
+
     @property
     def tokens_by_rank(self) -> tuple[int, ...]:
         """Tokens of each cp rank, padding not counted."""

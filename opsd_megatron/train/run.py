@@ -50,7 +50,7 @@ class Run:
         self.records = read_records(config.data.path)
         self.stream = self._stream()
         dtype = DTYPES[config.model.dtype]
-        modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute)
+        modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute, config.model.attention)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
         self.teacher, vocab_size = make_teacher(
             config.teacher, modules, self.architecture, self.tokenizer, self.mesh, dtype

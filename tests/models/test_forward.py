@@ -1,5 +1,6 @@
 """Trees of unequal sizes through Megatron's schedules: hidden states and gradients do not depend on the layout."""
 
+import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from opsd_megatron.checkpoint.model_weights import export_weights, load_weights
 from opsd_megatron.config import ParallelConfig
+from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.architecture import read_architecture
 from opsd_megatron.models.build import build_model, full_hidden, head_weight
 from opsd_megatron.models.forward import microbatch_multiple, run_schedule
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.context import deal
 from opsd_megatron.parallel.mesh import build_mesh
+from opsd_megatron.token_tree import Node, TokenTree
+from opsd_megatron.types import TokenBatch
 from tests.models.batches import layout_name, microbatches
 from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
@@ -237,3 +241,36 @@ def test_microbatches_that_the_interleaved_schedule_cannot_take_are_refused(dire
         assert multiple == 2
         for count, message in zip((0, 3), messages, strict=True):
             assert message.startswith(f"{count} microbatches; expected a positive multiple of 2 (pp=2, vpp=2)")
+
+
+def test_transformer_engine_is_asked_for_by_name_where_it_is_missing(tmp_path):
+    if importlib.util.find_spec("transformer_engine") is not None:
+        pytest.skip("it is here")
+    architecture = read_architecture(write_tiny_model(tmp_path, "qwen3"))
+    with pytest.raises(ConfigError, match=r"pip install .*\[te\]"):
+        build_model(architecture, build_mesh(ParallelConfig()), torch.float32, attention="te")
+
+
+def hidden_of_one_sequence(directory: Path, attention: str) -> tuple[Tensor, Tensor]:
+    """Final hidden states, and the gradient of the first layer's queries, keys and values."""
+    mesh = build_mesh(ParallelConfig())
+    architecture = read_architecture(directory)
+    (model,) = build_model(architecture, mesh, torch.bfloat16, attention=attention)
+    load_weights([model], architecture, directory, mesh)
+    empty = torch.zeros(0, dtype=torch.int64)
+    batch = TokenBatch(TokenTree((Node(-1, 512, 0),)), torch.arange(512) % 250, empty, empty)
+    hidden = model(deal(batch, mesh.cp).to(mesh.device))
+    hidden.float().square().sum().backward()
+    gradient = model.decoder.layers[0].self_attention.linear_qkv.weight.grad
+    return hidden.detach().float().cpu(), gradient.float().cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
+    reason="needs a CUDA device and Transformer Engine",
+)
+def test_transformer_engines_attention_gives_what_the_ring_gives(tmp_path):
+    directory = write_tiny_model(tmp_path, "qwen3", max_position_embeddings=1024, head_dim=64)
+    for ours, theirs in zip(*(hidden_of_one_sequence(directory, name) for name in ("ring", "te")), strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * ours.norm()

@@ -54,6 +54,17 @@ def test_a_rank_may_hold_no_response_row_and_a_rank_may_hold_no_token():
     assert tiny.token_ids.tolist() == [0, 0] and all(block.node == PADDING for block in tiny.blocks[3])
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_one_sequence_that_divides_is_dealt_as_transformer_engine_deals_and_nothing_else_is(size):
+    def of(*nodes: Node) -> list[bool]:
+        return [deal(batch_of(TokenTree(nodes)), axis, multiple_of=2).is_plain for axis in axes(size)]
+
+    assert of(Node(-1, 16 * size, 0)) == [True] * size
+    assert of(Node(-1, 16 * size - 1, 0)) == [False] * size
+    assert of(Node(-1, 8 * size, 0), Node(-1, 8 * size, 0)) == [False] * size
+    assert of(Node(-1, 8 * size, 0), Node(0, 8 * size, 8 * size)) == [False] * size
+
+
 def test_a_batch_without_tokens_becomes_padding():
     empty = torch.zeros(0, dtype=torch.int64)
     shard = deal(TokenBatch(TokenTree(()), empty, empty, empty), axes(2)[1], multiple_of=4)
