@@ -2,14 +2,18 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from typing import NoReturn, Self, TypeVar
 
 import httpx
 
-from opsd_megatron.rollout.backend import GenerateRequest, GenerateResult, ServerUnreachable
+from opsd_megatron.rollout.backend import GenerateRequest, GenerateResult, PauseMode, ServerUnreachable
 from opsd_megatron.rollout.http import CONNECT_S, Http
+from opsd_megatron.rollout.probe import Routes, kind_of, probe_request, started_at
+from opsd_megatron.rollout.replies import LogprobKind
 
 UPDATE_S = 300.0
 POLL_S = 0.2
@@ -36,6 +40,8 @@ class Client:
         self.http = Http(url, token, admin_token, timeout_s, retry_s)
         self.url = self.http.url
         self._pool = ThreadPoolExecutor(max_concurrent, thread_name_prefix="rollout")
+        self._gate: Gate | NoGate = Gate(self._is_paused, self.url, retry_s)
+        self._stopped_by_update = False
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -62,10 +68,62 @@ class Client:
             time.sleep(0.1)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        return self._each(self._generate_one, requests)
+        for request in requests:
+            self._check_kind(request)
+        return self._each(lambda request: self._ask(request, self._kind), requests)
 
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self._each(lambda ids: self._score_one(ids) if len(ids) > 1 else [], sequences)
+
+    def pause(self, mode: PauseMode) -> None:
         raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
+
+    def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
+        """What came back for one request, its log-probs taken to be of that kind."""
+        raise NotImplementedError
+
+    def _score_one(self, sequence: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+    def _check_kind(self, request: GenerateRequest) -> None:
+        """Unsupported where the server's log-probs would not be those of the samples."""
+
+    def _is_paused(self) -> bool:
+        raise NotImplementedError
+
+    @cached_property
+    def _routes(self) -> Routes:
+        return Routes(self.http)
+
+    @cached_property
+    def _kind(self) -> LogprobKind:
+        """No route of a server in production says so: measured once."""
+        return kind_of(self._ask(probe_request(), "processed").samples[0].logprobs)
+
+    @cached_property
+    def _server_id(self) -> str:
+        return f"{self.url}@{started_at(self.http)}"
+
+    def _ask_identity(self) -> str:
+        """Asked again: the server may have been restarted."""
+        self.__dict__.pop("_server_id", None)
+        return self._server_id
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Pauses a server that runs, and resumes it after success; after an error it stays paused, and the next success
+        resumes it."""
+        is_paused = self._is_paused()
+        self._stopped_by_update |= not is_paused
+        if not is_paused:
+            self.pause("keep")
+        yield
+        if self._stopped_by_update:
+            self.resume()
+            self._stopped_by_update = False
 
     def _each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Results in order; after an error what has not begun is dropped."""
@@ -129,7 +187,9 @@ class Gate:
 class NoGate:
     """In place of a Gate, for servers that answer while they are paused."""
 
-    def shut(self) -> None: ...
+    is_shut = False
+
+    def shut(self, *, drain: bool = False) -> None: ...
 
     def open(self) -> None: ...
 

@@ -1,6 +1,6 @@
 """A client for the server at an address, whichever it is."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from opsd_megatron.rollout.backend import ServerRefused
 from opsd_megatron.rollout.client import Client
@@ -29,9 +29,16 @@ def connect(
 
     ServerUnreachable where nobody becomes healthy, ServerRefused where "auto" finds no server that it knows.
     """
-    with Client(url, token, admin_token=admin_token, **options) as client:
+    client: Any = BACKENDS.get(kind, Client)(url, token, admin_token=admin_token, **options)
+    try:
         client.wait_until_healthy(ready_s)
-        found = _kind_of_server(client.http) if kind == "auto" else kind
+        if kind != "auto":
+            return client
+        found = _kind_of_server(client.http)
+    except BaseException:
+        client.close()
+        raise
+    client.close()
     return BACKENDS[found](url, token, admin_token=admin_token, **options)
 
 

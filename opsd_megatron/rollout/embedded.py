@@ -19,7 +19,7 @@ from opsd_megatron.rollout.backend import (
 )
 from opsd_megatron.rollout.client import UPDATE_S, NoGate
 from opsd_megatron.rollout.http import Refused
-from opsd_megatron.rollout.replies import parse_generate, parse_info
+from opsd_megatron.rollout.replies import LogprobKind, parse_generate, parse_info
 from opsd_megatron.rollout.vllm import GENERATE, SHARD_PREFIX, VllmBackend
 from opsd_megatron.rollout.vllm_wire import as_wire
 
@@ -60,11 +60,11 @@ class EmbeddedBackend(VllmBackend):
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         if requests and self._vocab_size is None:
             self._vocab_size = self.info().vocab_size
-        return self._each(self._generate_one, requests)
+        return self._each(lambda request: self._ask(request, "processed"), requests)
 
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
+    def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
         body = self.http.object("POST", GENERATE, json=as_wire(request))
-        return parse_generate(body, request, self._vocab_size or 0, "processed", "")
+        return parse_generate(body, request, self._vocab_size or 0, kind, "")
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         if not self.capabilities().can_score:

@@ -38,7 +38,8 @@ class Http:
         self.url, self.retry_s = url.rstrip("/"), retry_s
         self._tokens = {False: token, True: admin_token or token}
         self._timeout_s = timeout_s
-        self._tls = ssl.create_default_context()
+        # reading the certificates takes tens of milliseconds, and nothing here follows a redirect to another scheme
+        self._tls = ssl.create_default_context() if self.url.startswith("https:") else False
         self._own, self._clients = threading.local(), []
 
     def close(self) -> None:

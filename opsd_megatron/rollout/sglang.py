@@ -1,7 +1,5 @@
 """The client of SGLang 0.5.23."""
 
-import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,13 +20,12 @@ from opsd_megatron.rollout.backend import (
     Transport,
     Unsupported,
 )
-from opsd_megatron.rollout.client import UPDATE_S, Client, Gate
+from opsd_megatron.rollout.client import UPDATE_S, Client
 from opsd_megatron.rollout.http import Refused
-from opsd_megatron.rollout.probe import ANY, Routes, kind_of, probe_request, started_at
+from opsd_megatron.rollout.probe import ANY
 from opsd_megatron.rollout.replies import LogprobKind, get
-from opsd_megatron.rollout.sglang_wire import as_score, as_wire, parse_input_logprobs, parse_replies
+from opsd_megatron.rollout.sglang_wire import as_score, as_wire, parse_input_logprobs, parse_replies, rid_of
 
-log = logging.getLogger(__name__)
 GROUP_ROUTES = (
     "/init_weights_update_group", "/begin_weight_update", "/update_weights_from_distributed", "/end_weight_update"
 )  # fmt: skip
@@ -46,15 +43,13 @@ class SglangBackend(Client):
     def __init__(self, url: str, token: str, **options):
         """`options` are those of Client."""
         super().__init__(url, token, **options)
-        self._gate = Gate(self._is_paused, self.url, self.http.retry_s)
         self._group: TransferGroup | None = None
-        self._stopped_by_update = False
+        self._open: dict[str, int] = {}
 
     def info(self) -> ServerInfo:
-        self.__dict__.pop("_server_id", None)  # asked again: the server may have been restarted
         config = self._config
         return ServerInfo(
-            server_id=self._server_id,
+            server_id=self._ask_identity(),
             engine="sglang",
             seeded=config.get("enable_deterministic_inference") is True,
             dtype=str(config.get("dtype") or ""),
@@ -84,14 +79,6 @@ class SglangBackend(Client):
             can_sleep=self._config.get("enable_memory_saver") is True,
         )
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        for request in requests:
-            self._check_kind(request)
-        return super().generate(requests)
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._each(self._score_one, sequences)
-
     def pause(self, mode: PauseMode) -> None:
         """keep: requests go back to the queue and compute their keys and values again; wait: those of this client
         finish first."""
@@ -108,9 +95,14 @@ class SglangBackend(Client):
         self._gate.open()
 
     def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        """0: SGLang does not say how many."""
-        bodies = [{"abort_all": True}] if request_ids is None else [{"rid": name} for name in request_ids]
-        for body in bodies:  # an id stands for all that begin with it, so also for the samples of a request
+        """0: SGLang does not say how many. It knows requests by the ids of their samples, so that those of other
+        clients can only be ended all together."""
+        bodies: list[dict] = [{"abort_all": True}]
+        if request_ids is not None:
+            bodies = [
+                {"rid": rid_of(name, sample)} for name in request_ids for sample in range(self._open.get(name, 1))
+            ]
+        for body in bodies:
             self.http.request("POST", "/abort_request", admin=True, json=body)
         return 0
 
@@ -186,18 +178,11 @@ class SglangBackend(Client):
 
     def update_from_disk(self, path: str, version: str) -> None:
         """A server that runs stands still meanwhile, and stays so if the update fails."""
-        stops_here = self._stopped_by_update or not self._is_paused()
-        if not self._is_paused():
-            self.pause("keep")
-        self._stopped_by_update = stops_here
-        self._update("/update_weights_from_disk", {
-            "model_path": path, "abort_all_requests": False, "flush_cache": False, "keep_pause": True,
-        })  # fmt: skip
-        self.flush_cache()
-        self._name_version(version)
-        if stops_here:
-            self.resume()
-            self._stopped_by_update = False
+        body = {"model_path": path, "abort_all_requests": False, "flush_cache": False, "keep_pause": True}
+        with self._standing_still():
+            self._update("/update_weights_from_disk", body)
+            self.flush_cache()
+            self._name_version(version)
 
     def checksum(self) -> dict[str, str]:
         """Checksums by SGLang's own names: fused layers; with several ranks each name begins with its rank."""
@@ -220,25 +205,12 @@ class SglangBackend(Client):
         self.http.request("POST", "/resume_memory_occupation", admin=True, json=body, timeout=UPDATE_S)
 
     @cached_property
-    def _routes(self) -> Routes:
-        return Routes(self.http)
-
-    @cached_property
-    def _kind(self) -> LogprobKind:
-        """Follows SGLANG_RETURN_ORIGINAL_LOGPROB in the server's environment: measured once."""
-        return kind_of(self._ask(probe_request(), "processed").samples[0].logprobs)
-
-    @cached_property
-    def _server_id(self) -> str:
-        return f"{self.url}@{started_at(self.http)}"
-
-    @cached_property
     def _config(self) -> dict[str, Any]:
         return self.http.object("GET", "/server_info")
 
     def _is_paused(self) -> bool:
         """/ready is 503 on a paused server, /health says whether it is up at all."""
-        if self._gate.is_shut or "/ready" not in self._routes:
+        if "/ready" not in self._routes:
             return self._gate.is_shut
         return self.http.request("GET", "/ready", accept=ANY | {503}).status_code == 503
 
@@ -265,16 +237,15 @@ class SglangBackend(Client):
                 f"{request.temperature}; start SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
 
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
-        return self._ask(request, self._kind)
-
     def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
-        body = self.http.json("POST", "/generate", json=as_wire(request), around=self._gate)
+        self._open[request.request_id] = request.n
+        try:
+            body = self.http.json("POST", "/generate", json=as_wire(request), around=self._gate)
+        finally:
+            self._open.pop(request.request_id, None)
         return parse_replies(body, request, kind, self._server_id)
 
     def _score_one(self, sequence: Sequence[int]) -> list[float]:
-        if len(sequence) < 2:
-            return []
         body = self.http.object("POST", "/generate", json=as_score(sequence), around=self._gate)
         return parse_input_logprobs(body, sequence)
 

@@ -28,12 +28,18 @@ def as_wire(request: GenerateRequest) -> dict:
     }
     prompt = list(request.token_ids)
     if request.n == 1:
-        return common | {"rid": request.request_id, "input_ids": prompt, "sampling_params": _sampling(request, 0)}
+        rid = rid_of(request.request_id, 0)
+        return common | {"rid": rid, "input_ids": prompt, "sampling_params": _sampling(request, 0)}
     return common | {
-        "rid": [f"{request.request_id}-{number}" for number in range(request.n)],
+        "rid": [rid_of(request.request_id, number) for number in range(request.n)],
         "input_ids": [prompt] * request.n,
         "sampling_params": [_sampling(request, number) for number in range(request.n)],
     }
+
+
+def rid_of(request_id: str, sample: int) -> str:
+    """SGLang's id of a sample. It aborts all whose id begins with the given one: hence the end mark."""
+    return f"{request_id}/{sample}"
 
 
 def as_score(sequence: Sequence[int]) -> dict:
@@ -53,8 +59,7 @@ def parse_replies(body: Any, request: GenerateRequest, kind: LogprobKind, server
     for number, reply in enumerate(replies):
         here = f"{where}, sample {number}"
         meta = get(reply, "meta_info", dict, here)
-        wanted = request.request_id if request.n == 1 else f"{request.request_id}-{number}"
-        require(meta.get("id") == wanted, f"{here} is of request {meta.get('id')}")
+        require(meta.get("id") == rid_of(request.request_id, number), f"{here} is of request {meta.get('id')}")
         samples.append(_sample(reply, meta, request, kind, here))
         count = meta.get("prompt_tokens", len(request.token_ids))  # what never ran has none
         require(
@@ -106,14 +111,11 @@ def _sample(reply: dict, meta: dict, request: GenerateRequest, kind: LogprobKind
         text = f"{where}: status {status}: {reason.get('message')}"
         raise ServerUnreachable(text) if status >= 500 else Refused(text, status, "")
     token_ids = get(reply, "output_ids", list, where)
-    entries = meta.get("output_token_logprobs") or [] if not token_ids else meta.get("output_token_logprobs")
-    require(isinstance(entries, list), f"{where} has no log-probs")
+    entries = get(meta, "output_token_logprobs", list, where) if token_ids else []
     pairs = [(token, logprob) for logprob, token in (_entry(entry, where) for entry in entries)]
-    listed = meta.get("weight_versions")
-    if listed:
-        spans = parse_spans(listed, where)
-    else:
-        spans = one_span(get(meta, "weight_version", str, where), len(token_ids))
+    listed = meta.get("weight_versions") or []
+    version = meta.get("weight_version")
+    spans = parse_spans(listed, where) if listed or version is None else one_span(str(version), len(token_ids))
     choice = {"token_ids": token_ids, "finish_reason": finish, "stop_reason": reason.get("matched")}
     return checked_sample(choice, request, pairs, spans, kind, 0, where)
 

@@ -23,9 +23,8 @@ from opsd_megatron.rollout.backend import (
     Unsupported,
     WrongWeightVersion,
 )
-from opsd_megatron.rollout.client import UPDATE_S, Client, Gate, NoGate
+from opsd_megatron.rollout.client import UPDATE_S, Client
 from opsd_megatron.rollout.http import Refused
-from opsd_megatron.rollout.probe import Routes, kind_of, probe_request, started_at
 from opsd_megatron.rollout.replies import (
     LogprobKind,
     get,
@@ -55,15 +54,13 @@ class VllmBackend(Client):
     def __init__(self, url: str, token: str, **options):
         """`options` are those of Client."""
         super().__init__(url, token, **options)
-        self._gate: Gate | NoGate = Gate(self._is_paused, self.url, self.http.retry_s)
-        self._has_generate, self._stopped_by_update = True, False
+        self._has_generate = True
 
     def info(self) -> ServerInfo:
         models = self._models()
-        self.__dict__.pop("_server_id", None)  # asked again: the server may have been restarted
         environment = self._config.get("vllm_env") or {}
         return ServerInfo(
-            server_id=self._server_id,
+            server_id=self._ask_identity(),
             engine="vllm",
             seeded=str(environment.get("VLLM_BATCH_INVARIANT", "")) in ("1", "True"),
             dtype=str(self._section("model_config").get("dtype", "")).removeprefix("torch."),
@@ -93,14 +90,6 @@ class VllmBackend(Client):
             can_score=True,
             can_sleep=has_sleep and routes.has_all("/sleep", "/wake_up"),
         )
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        for request in requests:
-            self._check_kind(request)
-        return super().generate(requests)
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._each(self._score_one, sequences)
 
     def pause(self, mode: PauseMode) -> None:
         self._need("/pause")
@@ -185,17 +174,11 @@ class VllmBackend(Client):
 
     def update_from_disk(self, path: str, version: str) -> None:
         """A server that runs stands still meanwhile, and stays so if the update fails."""
-        stops_here = self._stopped_by_update or not self._is_paused()
-        if not self._is_paused():
-            self.pause("keep")
-        self._stopped_by_update = stops_here
         arguments = {"weights_path": path, "is_checkpoint_format": True}
-        self._update("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-        self.flush_cache()
-        self._update("/update_weight_version", {"new_version": version})
-        if stops_here:
-            self.resume()
-            self._stopped_by_update = False
+        with self._standing_still():
+            self._update("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
+            self.flush_cache()
+            self._update("/update_weight_version", {"new_version": version})
 
     def checksum(self) -> dict[str, str]:
         """sha256 by vLLM's own names: fused layers, and shards unless there is one; without what it cannot see."""
@@ -217,19 +200,6 @@ class VllmBackend(Client):
         reply = self.http.object("POST", f"/wake_up?{tags}", admin=True, timeout=UPDATE_S)
         if reply.get("status") == "awake":
             self._gate.open()
-
-    @cached_property
-    def _routes(self) -> Routes:
-        return Routes(self.http)
-
-    @cached_property
-    def _kind(self) -> LogprobKind:
-        """No route of a server in production says so: measured once."""
-        return kind_of(self._ask(probe_request(), "processed").samples[0].logprobs)
-
-    @cached_property
-    def _server_id(self) -> str:
-        return f"{self.url}@{started_at(self.http)}"
 
     @cached_property
     def _config(self) -> dict:
@@ -282,9 +252,6 @@ class VllmBackend(Client):
                 f"{request.min_p}; start vLLM with --logprobs-mode processed_logprobs"
             )
 
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
-        return self._ask(request, self._kind)
-
     def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
         body = self._try_generate(as_wire(request))
         if body is not None:
@@ -301,8 +268,6 @@ class VllmBackend(Client):
         return parse_completions(body, request, kind, self._server_id, before)
 
     def _score_one(self, sequence: Sequence[int]) -> list[float]:
-        if len(sequence) < 2:
-            return []
         body = self._try_generate(as_score(sequence))
         if body is not None:
             return parse_prompt_logprobs(body.get("prompt_logprobs"), sequence, "reply to a score")
