@@ -224,3 +224,12 @@ UNDER_WAY = [
     case_tokens_around_an_update_are_told_apart,
 ]
 """Depend on the engine, not on the routes."""
+THROUGH_GENERATION = [
+    case_samples_are_whole_and_say_where_they_come_from,
+    case_a_stop_token_ends_the_response_and_stays_in_it,
+    case_scores_equal_the_logprobs_of_what_was_sampled,
+    case_what_the_server_refuses_is_an_error_at_once,
+    case_a_paused_server_gets_nothing_until_it_resumes,
+    case_abort_by_name_ends_that_request_only,
+]
+"""Look different on another generating route."""

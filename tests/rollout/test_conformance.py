@@ -4,26 +4,17 @@ import os
 
 import pytest
 
-from tests.rollout.conformance import CASES, UNDER_WAY
+from tests.rollout.conformance import CASES, THROUGH_GENERATION, UNDER_WAY
 from tests.rollout.subjects import Subject, serving
 
 PAIRS = [(name, case) for name in ("embedded-exact", "vllm", "sglang") for case in CASES]
 PAIRS += [("embedded-fast", case) for case in UNDER_WAY]
-NOT_WITHOUT_SPANS = "told_apart"
+PAIRS += [("vllm-completions", case) for case in THROUGH_GENERATION]
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS, ids=lambda value: getattr(value, "__name__", value))
 def test_conformance(name, case):
     with serving(name) as subject:
-        before = subject.violations()
-        case(subject)
-        assert subject.violations() == before
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if NOT_WITHOUT_SPANS not in case.__name__],
-                         ids=lambda case: case.__name__)  # fmt: skip
-def test_conformance_without_the_generate_route(case):
-    with serving("vllm-completions") as subject:
         before = subject.violations()
         case(subject)
         assert subject.violations() == before
