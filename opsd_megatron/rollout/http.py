@@ -6,7 +6,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,14 +74,18 @@ class Http:
         around: AbstractContextManager = nullcontext(),  # noqa: B008
         admin: bool = False,
         accept: Container[int] = (200,),
+        body_of: Callable[[int], Any] | None = None,
         **arguments,
     ) -> httpx.Response:
         """The reply, whose status is one of `accept`; every attempt is made inside `around`.
 
+        `body_of` makes the JSON body of an attempt from its number, where attempts must differ.
         `repeat=False` for what must not happen twice: the first failure is final.
         """
         deadline, attempt = None, 0
         while True:
+            if body_of is not None:
+                arguments["json"] = body_of(attempt)
             try:
                 with around:
                     response = self.once(method, path, admin=admin, **arguments)

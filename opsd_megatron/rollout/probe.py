@@ -1,6 +1,7 @@
 """What a server can do, learned from the server: its routes, what it says about itself, one short generation."""
 
 import math
+import uuid
 from collections.abc import Sequence
 
 from opsd_megatron.rollout.backend import GenerateRequest
@@ -40,7 +41,8 @@ class Routes:
 
 def probe_request() -> GenerateRequest:
     """Eight tokens drawn evenly from the whole vocabulary."""
-    return GenerateRequest("opsd-probe", [1, 2, 3, 4], max_tokens=8, temperature=HOT, seed=0, ignore_eos=True)
+    name = f"opsd-probe-{uuid.uuid4().hex[:12]}"
+    return GenerateRequest(name, [1, 2, 3, 4], max_tokens=8, temperature=HOT, seed=0, ignore_eos=True)
 
 
 def kind_of(logprobs: Sequence[float]) -> LogprobKind:

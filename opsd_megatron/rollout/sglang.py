@@ -24,7 +24,7 @@ from opsd_megatron.rollout.client import UPDATE_S, Client
 from opsd_megatron.rollout.http import Refused
 from opsd_megatron.rollout.probe import ANY
 from opsd_megatron.rollout.replies import LogprobKind, get
-from opsd_megatron.rollout.sglang_wire import as_score, as_wire, parse_input_logprobs, parse_replies, rid_of
+from opsd_megatron.rollout.sglang_wire import as_score, as_wire, parse_input_logprobs, parse_replies
 
 GROUP_ROUTES = (
     "/init_weights_update_group", "/begin_weight_update", "/update_weights_from_distributed", "/end_weight_update"
@@ -44,7 +44,7 @@ class SglangBackend(Client):
         """`options` are those of Client."""
         super().__init__(url, token, **options)
         self._group: TransferGroup | None = None
-        self._open: dict[str, int] = {}
+        self._open: dict[str, list[str]] = {}
 
     def info(self) -> ServerInfo:
         config = self._config
@@ -99,9 +99,7 @@ class SglangBackend(Client):
         clients can only be ended all together."""
         bodies: list[dict] = [{"abort_all": True}]
         if request_ids is not None:
-            bodies = [
-                {"rid": rid_of(name, sample)} for name in request_ids for sample in range(self._open.get(name, 1))
-            ]
+            bodies = [{"rid": rid} for name in request_ids for rid in self._open.get(name, ())]
         for body in bodies:
             self.http.request("POST", "/abort_request", admin=True, json=body)
         return 0
@@ -238,9 +236,13 @@ class SglangBackend(Client):
             )
 
     def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
-        self._open[request.request_id] = request.n
+        def body_of(attempt: int) -> dict:
+            wire = as_wire(request, attempt)
+            self._open[request.request_id] = [wire["rid"]] if request.n == 1 else wire["rid"]
+            return wire
+
         try:
-            body = self.http.json("POST", "/generate", json=as_wire(request), around=self._gate)
+            body = self.http.json("POST", "/generate", body_of=body_of, around=self._gate)
         finally:
             self._open.pop(request.request_id, None)
         return parse_replies(body, request, kind, self._server_id)

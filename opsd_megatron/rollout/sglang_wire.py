@@ -16,9 +16,10 @@ from opsd_megatron.rollout.replies import (
 )
 
 
-def as_wire(request: GenerateRequest) -> dict:
+def as_wire(request: GenerateRequest, attempt: int = 0) -> dict:
     """Body for /generate. Several samples are a batch of equal prompts: SGLang's own `n` gives all of them one seed
-    and ids that no client knows, so that none could be aborted."""
+    and ids that no client knows, so that none could be aborted. An id that may still be in use, as after a dropped
+    connection, is refused: so each attempt has its own."""
     common = {
         "return_logprob": True,
         "logprob_start_len": -1,
@@ -28,18 +29,18 @@ def as_wire(request: GenerateRequest) -> dict:
     }
     prompt = list(request.token_ids)
     if request.n == 1:
-        rid = rid_of(request.request_id, 0)
+        rid = rid_of(request.request_id, attempt, 0)
         return common | {"rid": rid, "input_ids": prompt, "sampling_params": _sampling(request, 0)}
     return common | {
-        "rid": [rid_of(request.request_id, number) for number in range(request.n)],
+        "rid": [rid_of(request.request_id, attempt, number) for number in range(request.n)],
         "input_ids": [prompt] * request.n,
         "sampling_params": [_sampling(request, number) for number in range(request.n)],
     }
 
 
-def rid_of(request_id: str, sample: int) -> str:
-    """SGLang's id of a sample. It aborts all whose id begins with the given one: hence the end mark."""
-    return f"{request_id}/{sample}"
+def rid_of(request_id: str, attempt: int, sample: int) -> str:
+    """SGLang's id of a sample."""
+    return f"{request_id}/{attempt}.{sample}"
 
 
 def as_score(sequence: Sequence[int]) -> dict:
@@ -59,7 +60,9 @@ def parse_replies(body: Any, request: GenerateRequest, kind: LogprobKind, server
     for number, reply in enumerate(replies):
         here = f"{where}, sample {number}"
         meta = get(reply, "meta_info", dict, here)
-        require(meta.get("id") == rid_of(request.request_id, number), f"{here} is of request {meta.get('id')}")
+        name, _, rest = str(meta.get("id")).rpartition("/")
+        is_ours = name == request.request_id and rest.rpartition(".")[2] == str(number)
+        require(is_ours, f"{here} is of request {meta.get('id')}")
         samples.append(_sample(reply, meta, request, kind, here))
         count = meta.get("prompt_tokens", len(request.token_ids))  # what never ran has none
         require(

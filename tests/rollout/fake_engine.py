@@ -62,6 +62,8 @@ class Engine:
         output, draw = Output(), random.Random(sampling["seed"])
         stops = set(sampling["stop_token_ids"]) | (set() if sampling["ignore_eos"] else {END})
         with self.changed:
+            if name in self.running:
+                raise ValueError(f"Duplicate request ID detected: {name}")
             self.running.add(name)
         try:
             while len(output.token_ids) < sampling["max_tokens"]:

@@ -67,7 +67,10 @@ class Sglang(Application):
         work = [(f"{rid}-hidden{k}" if one["n"] > 1 else rid, prompt, one)
                 for rid, prompt, one in zip(ids, prompts, params, strict=True) for k in range(one["n"])]  # fmt: skip
         start = body["logprob_start_len"]
-        replies = list(self.pool.map(lambda item: self.answer(*item, start), work))
+        try:
+            replies = list(self.pool.map(lambda item: self.answer(*item, start), work))
+        except ValueError as error:
+            raise Failure(400, {"error": {"message": str(error)}}) from error
         return replies if is_batch or len(replies) > 1 else replies[0]
 
     def answer(self, rid: str, prompt: list[int], params: dict, start: int) -> dict:

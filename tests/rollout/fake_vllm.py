@@ -7,6 +7,7 @@ Run as a script; imports nothing of the package under test.
 import base64
 import copy
 import hashlib
+import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +41,14 @@ class Vllm(Application):
         self.engine = Engine(options.weights, options.logprobs)
         self.document = json.loads((RECORDED / "vllm-0.32.0-openapi.json").read_text())
         self.transcript = json.loads((RECORDED / "vllm-0.32.0-transcript.json").read_text())
+        schemas, components = self.document["components"]["schemas"], {"components": self.document["components"]}
+        self.validators = {
+            path: jsonschema.Draft202012Validator(components | schemas[name]) for path, name in BODIES.items()
+        }
         self.is_paused = self.is_sleeping = self.has_group = False
         self.update: str | None = None
         self.failing_flushes = 0
-        self.pool = ThreadPoolExecutor(64)
+        self.pool, self.numbers = ThreadPoolExecutor(64), itertools.count()
 
     def recorded(self, path: str, status: int = 200) -> Any:
         found = (e for e in self.transcript if (e["path"].split("?")[0], e["status"]) == (path, status))
@@ -76,8 +81,7 @@ class Vllm(Application):
         known = FREE_KEYS.get(path, set())
         if path in BODIES:
             schema = self.document["components"]["schemas"][BODIES[path]]
-            whole = {"components": self.document["components"], **schema}
-            errors = [error.message for error in jsonschema.Draft202012Validator(whole).iter_errors(body)]
+            errors = [error.message for error in self.validators[path].iter_errors(body)]
             known = set(schema["properties"])
             params = schema["properties"].get("sampling_params")
             unknown |= set((body or {}).get("sampling_params", {})) - set(params["properties"]) if params else set()
@@ -96,7 +100,10 @@ class Vllm(Application):
             self.violations.append("a request was sent to a paused server: 0.32 leaves it hanging")
         asked = [sampling | {"seed": None if sampling["seed"] is None else sampling["seed"] + i}
                  for i in range(sampling["n"])]  # fmt: skip
-        return list(self.pool.map(lambda i: self.engine.run(f"{name}#{i}", prompt, asked[i]), range(len(asked))))
+        number = next(self.numbers)  # the same external id may run twice
+        return list(
+            self.pool.map(lambda i: self.engine.run(f"{name}#{number}.{i}", prompt, asked[i]), range(len(asked)))
+        )
 
     def prompt_entries(self, ids: list[int]) -> list:
         values = prompt_logprobs(self.engine.weights, ids)

@@ -25,7 +25,7 @@ from opsd_megatron.rollout.replies import parse_completions, parse_generate, par
 from opsd_megatron.rollout.sglang import SglangBackend
 from opsd_megatron.rollout.vllm import VllmBackend
 from opsd_megatron.types import VersionSpan
-from tests.rollout.conformance import PROMPT, request, under_way
+from tests.rollout.conformance import LONG, PROMPT, request, under_way
 from tests.rollout.misbehaving import misbehaving_servers
 from tests.rollout.subjects import ADMIN, TOKEN, fake, serving
 
@@ -136,13 +136,20 @@ def test_the_kind_of_a_server_is_found_out():
 
 
 def test_sglangs_admin_key_opens_control_routes_and_the_other_does_not():
-    with serving("sglang") as subject:
-        with subject.connect(admin_token="not-" + ADMIN) as backend:
-            backend.generate([request()])
-            with pytest.raises(ServerUnauthorized, match="admin token") as caught:
-                backend.pause("keep")
-            assert ADMIN not in str(caught.value)
-            backend.generate([request()])
+    with serving("sglang") as subject, subject.connect(admin_token="not-" + ADMIN) as backend:
+        backend.generate([request()])
+        with pytest.raises(ServerUnauthorized, match="admin token") as caught:
+            backend.pause("keep")
+        assert ADMIN not in str(caught.value)
+        backend.generate([request()])
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_a_request_that_timed_out_may_be_sent_again_while_the_first_still_runs(name):
+    with serving(name) as subject, subject.connect(timeout_s=0.3, retry_s=1.0) as backend:
+        with pytest.raises(ServerUnreachable, match="ReadTimeout"):
+            backend.generate([request("one", max_tokens=LONG)])
+        backend.abort()
 
 
 def test_a_session_that_a_dead_trainer_left_open_is_closed_first():
@@ -157,7 +164,7 @@ def test_a_session_that_a_dead_trainer_left_open_is_closed_first():
 
 def test_an_sglang_that_is_too_busy_is_unreachable_not_aborted():
     reason = {"type": "abort", "message": "The request queue is full.", "status_code": 503, "err_type": None}
-    body = {"text": "", "output_ids": [], "meta_info": {"id": "case/0", "finish_reason": reason}}
+    body = {"text": "", "output_ids": [], "meta_info": {"id": "case/0.0", "finish_reason": reason}}
     with pytest.raises(ServerUnreachable, match="queue is full"):
         sglang_wire.parse_replies(body, request(), "processed", "here")
 
