@@ -1,7 +1,7 @@
 """What the trainer asks of an inference server: token ids in, token ids and log-probs with their weight version out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -157,6 +157,8 @@ class TransferGroup:
     """Another one after every change of members."""
     bucket_bytes: int
     """Tensors are broadcast in packed buckets, each closed right after it exceeds this."""
+    nccl_unique_id: str = field(default="", repr=False)
+    """Base64 of the 128 bytes that rank 0 made, for servers that meet through NCCL itself and not through the store."""
 
 
 @runtime_checkable

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from opsd_megatron.rollout.backend import ServerUnauthorized
-from opsd_megatron.rollout.embedded import EmbeddedBackend, as_wire
+from opsd_megatron.rollout.embedded import EmbeddedBackend
+from opsd_megatron.rollout.vllm_wire import as_wire
 from tests.server.serving import OLD, http, requests
 
 WIRE = Path(__file__).parents[1] / "fixtures" / "wire"
