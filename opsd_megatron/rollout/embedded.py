@@ -36,6 +36,9 @@ from opsd_megatron.rollout.replies import parse_generate, parse_info
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0
 UPDATE_S = 300.0
+JOIN_S = 120.0
+RECEIVE_S = 3600.0
+"""Each of the broadcasts has a limit of its own."""
 CHECKSUM_PREFIX = "dp0:pp0:pcp0:tp0:"
 
 
@@ -120,12 +123,13 @@ class EmbeddedBackend:
                 future.cancel()
 
     def capabilities(self) -> Capabilities:
+        info = self._call("GET", "/server_info")
         return Capabilities(
             logprob_kind="processed",
-            seeded=self.info().seeded,
+            seeded=parse_info(info).seeded,
             has_spans=True,
             pause_modes=frozenset(("keep", "wait", "abort")),
-            transports=frozenset(("disk", "http")),
+            transports=frozenset(info.get("transports", ("http",))),
             has_atomic_updates=True,
             has_checksum=True,
             can_score=False,
@@ -139,16 +143,32 @@ class EmbeddedBackend:
         """A swap leaves nothing to flush."""
 
     def world_size(self) -> int:
-        return 1
+        return int(self._call("GET", "/get_world_size")["world_size"])
 
     def join_group(self, group: TransferGroup) -> None:
-        raise Unsupported(f"{self.url} knows no {group.kind} group")
+        info = {
+            "backend": group.kind,
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": group.rank_offset,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "packed": True,
+            "packed_buffer_size_bytes": group.bucket_bytes,
+            "timeout_s": JOIN_S,
+        }
+        self._call("POST", "/init_weight_transfer_engine", json={"init_info": info}, timeout=JOIN_S + 30, once=True)
 
     def receive(self, tensors: Sequence[TensorInfo]) -> None:
-        raise Unsupported(f"{self.url} has joined no group")
+        info = {
+            "names": [tensor.name for tensor in tensors],
+            "dtype_names": [tensor.dtype for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+        }
+        self._call("POST", "/update_weights", json={"update_info": info}, timeout=RECEIVE_S, once=True)
 
     def leave_group(self) -> None:
-        pass
+        self._call("POST", "/shutdown_weight_transfer_engine")
 
     def sleep(self) -> None:
         raise Unsupported(f"{self.url} cannot sleep")
@@ -203,8 +223,8 @@ class EmbeddedBackend:
         body = self._call("POST", "/inference/v1/generate", json=as_wire(request))
         return parse_generate(body, request, self._vocab_size)
 
-    def _call(self, method: str, path: str, **arguments) -> Any:
-        """The parsed JSON of the reply."""
+    def _call(self, method: str, path: str, *, once: bool = False, **arguments) -> Any:
+        """The parsed JSON of the reply. `once`: not repeated, for others wait for this very call."""
         deadline, attempt = None, 0
         while True:
             try:
@@ -217,7 +237,7 @@ class EmbeddedBackend:
             pause = random.uniform(0, min(0.25 * 2**attempt, 5.0))
             now = time.monotonic()
             deadline = deadline or now + self.retry_s  # from the first failure: a reply may take long to fail to come
-            if now + pause > deadline:
+            if once or now + pause > deadline:
                 raise ServerUnreachable(
                     f"{method} {self.url}{path}: {problem}, for {self.retry_s:.0f} s; is the server running, and is "
                     "rollout.url its address?"
@@ -235,6 +255,8 @@ class EmbeddedBackend:
             )
         if response.status_code == 409 and '"NoUpdateOpenError"' in response.text:
             raise UpdateLost(f"{where}: no weight update is open; did the server restart? Publish again")
+        if response.status_code == 409 and '"NoTransferGroupError"' in response.text:
+            raise UpdateLost(f"{where}: {_message(response)}; publish again")
         if response.status_code != 200:
             raise ServerRefused(f"{where}: status {response.status_code}: {_message(response)}")
         try:
