@@ -1,8 +1,8 @@
 """Tensors from a trainer to its inference servers, broadcast in packed buckets through a process group of their own.
 
-Both sides use this file. The group stands beside torch.distributed's default group and leaves no global state. Its keys
-in the store are those of a group that SGLang makes with `init_custom_process_group`; NCCL's unique id, which is all that
-vLLM asks for, is read from the same store. Every wait ends after the timeout of the group.
+Both sides use this file. The group stands beside torch.distributed's default group and leaves no global state. Its
+keys in the store are those of a group that SGLang makes with `init_custom_process_group`; NCCL's unique id, which is
+all that vLLM asks for, is read from the same store. Every wait ends after the timeout of the group.
 """
 
 import base64
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Kind = Literal["gloo", "nccl"]
 ALIGNMENT = 64
-"""Bytes. Sums in a matrix product may come out in another order where its operands lie elsewhere within a cache line."""
+"""Bytes. A matrix product may sum in another order where its operands lie elsewhere within a cache line."""
 POLL_S = 0.0005
 
 
@@ -72,7 +72,9 @@ class Member:
     ):
         """Blocks until all ranks are there; TransferError where they are not in time. `device` is for nccl."""
         if kind == "nccl" and device.type != "cuda":
-            raise TransferError(f"a group of kind nccl needs a CUDA device, this process computes on {device}; take gloo")
+            raise TransferError(
+                f"a group of kind nccl needs a CUDA device, this process computes on {device}; take gloo"
+            )
         self.device = device if kind == "nccl" else torch.device("cpu")
         self.timeout_s = timeout_s
         store = join_store(host, port, name, timeout_s)
@@ -127,13 +129,13 @@ class Member:
             threading.Thread(target=_wait_out, args=(group, work), daemon=True).start()
 
 
-def _wait_out(group: dist.Backend, work: dist.Work) -> None:
+def _wait_out(group: Any, work: dist.Work) -> None:
     with suppress(RuntimeError):
         work.wait()
     del group
 
 
-def _make_gloo(store: dist.Store, rank: int, size: int, host: str, port: int, timeout_s: float, _) -> dist.Backend:
+def _make_gloo(store: dist.Store, rank: int, size: int, host: str, port: int, timeout_s: float, _) -> Any:
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=timeout_s)
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(host, port))]
@@ -142,7 +144,7 @@ def _make_gloo(store: dist.Store, rank: int, size: int, host: str, port: int, ti
 
 def _make_nccl(
     store: dist.Store, rank: int, size: int, host: str, port: int, timeout_s: float, device: torch.device
-) -> dist.Backend:
+) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     # torch's watchdog ends the process when this time is over; `broadcast` gives up, and aborts, well before
     options._timeout = timedelta(seconds=4 * timeout_s)

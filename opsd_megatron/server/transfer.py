@@ -72,7 +72,7 @@ class Receiver:
         self._membership = _Membership(member, info.packed_buffer_size_bytes)
 
     def receive(self, take: Callable[[Member, int], int]) -> int:
-        """What `take(member, bucket_bytes)` returns. An error there ends the membership, so that nobody waits for it."""
+        """What `take(member, bucket_bytes)` returns. An error there ends the membership: nobody waits for it."""
         membership = self._membership
         if membership is None:
             raise Refusal(409, "this server is in no transfer group; POST /init_weight_transfer_engine", NO_GROUP)

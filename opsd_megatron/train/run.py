@@ -22,14 +22,14 @@ from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
 from opsd_megatron.parallel.mesh import build_mesh
 from opsd_megatron.parallel.reduce import broadcast_object
-from opsd_megatron.rollout.backend import UpdateLost
+from opsd_megatron.rollout.backend import HalfUpdated, UpdateLost
 from opsd_megatron.train.optimizer import make_trainable
 from opsd_megatron.train.progress import ProgressLine
 from opsd_megatron.train.record import RunRecord, describe_run
 from opsd_megatron.train.sampling import Sampling
 from opsd_megatron.train.stop import StopSignal
 from opsd_megatron.train.teacher import make_teacher
-from opsd_megatron.train.weight_sync import publish, version_name
+from opsd_megatron.train.weight_sync import Publisher, version_name
 from opsd_megatron.types import PromptPair, Rollout
 
 PUBLISH_ATTEMPTS = 3
@@ -60,6 +60,7 @@ class Run:
         self.on_policy = isinstance(config.objective, Distill)
         self.step = self._resume()
         self.sampling = Sampling(config, self.tokenizer, self.mesh)
+        self.publisher = Publisher(config.rollout, self.architecture, self.mesh, self.sampling.backend)
         self._served: str | None = None  # the server may have restarted, or be serving another checkpoint
 
     def __enter__(self) -> "Run":
@@ -81,6 +82,7 @@ class Run:
             self._record.close()
         if self._progress is not None:
             self._progress.close()
+        self.publisher.close()
         self.sampling.close()
         self._stop.restore()
 
@@ -128,10 +130,10 @@ class Run:
         """Again from the start where the server restarted in between."""
         for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
             try:
-                publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, version)
+                self.publisher.publish(self.chunks, version)
                 self._served = version
                 return
-            except UpdateLost:
+            except (UpdateLost, HalfUpdated):
                 if not attempts_left:
                     raise
 
