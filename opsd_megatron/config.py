@@ -353,3 +353,8 @@ class RunConfig:
             not (isinstance(self.objective, SelfSft) and isinstance(self.teacher, OtherTeacher)),
             "objective SelfSft learns from the model's own answers: take a LiveTeacher, FrozenTeacher or EmaTeacher",
         )
+        _require(
+            not (isinstance(self.objective, SelfSft) and self.rollout.colocated),
+            "rollout.colocated=True needs objective Distill: SelfSft publishes the teacher's weights, which are in the "
+            "trainer's memory only for that moment",
+        )

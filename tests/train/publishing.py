@@ -6,11 +6,15 @@ from pathlib import Path
 import torch
 
 from opsd_megatron.checkpoint.model_weights import load_weights
-from opsd_megatron.config import ParallelConfig, RolloutConfig
+from opsd_megatron.config import OptimizerConfig, ParallelConfig, RolloutConfig
 from opsd_megatron.models.architecture import read_architecture
 from opsd_megatron.models.build import build_model
 from opsd_megatron.parallel.mesh import build_mesh
+from opsd_megatron.rollout.backend import ServerUnreachable
 from opsd_megatron.rollout.embedded import EmbeddedBackend
+from opsd_megatron.train.colocated import Turns
+from opsd_megatron.train.optimizer import make_trainable
+from opsd_megatron.train.parking import park_training
 from opsd_megatron.train.transports import GroupCarrier
 from opsd_megatron.train.weight_sync import Publisher
 from tests.server.serving import TOKEN
@@ -61,18 +65,48 @@ def publish_by_each(root: Path, names: tuple[str, str], url: str, parallel: Para
     return seen
 
 
-def publish_slowly(root: Path, name: str, url: str) -> None:
-    """Sends one bucket of many, then nothing more."""
+def publish_parked(directory: Path, url: str, parallel: ParallelConfig) -> tuple:
+    """Checksums after a colocated update, bytes held while the server had its turn, how a failure ends, whose turn."""
+    one = Publishing(directory, url, parallel, RolloutConfig())
+    chunks, optimizer = make_trainable(one.chunks, one.mesh, OptimizerConfig(), torch.float32)
+    parking = park_training(chunks, optimizer, [], one.mesh.device)
+    turns = Turns(one.backend and Wakeful(one.backend), parking)  # type: ignore[arg-type]
+    turns.to_server(lambda: one.publisher.publish(chunks, "parked", parking.value_of))
+    held = parking.device_bytes()
+    sums = one.backend and one.backend.checksum()
+    ended = "nothing was raised"
+    try:
+        turns.to_trainer()
+    except Exception as error:
+        ended = type(error).__name__
+    turns.rescue()
+    one.close()
+    return sums, held, ended, turns.turn
+
+
+class Wakeful:
+    """A server that wakes, and cannot be reached when it shall sleep."""
+
+    def __init__(self, backend: EmbeddedBackend):
+        self._backend = backend
+
+    def wake(self, what) -> None:
+        pass
+
+    def sleep(self) -> None:
+        raise ServerUnreachable("nobody there")
+
+
+def publish_slowly(root: Path, name: str, url: str, sent_one: Path) -> None:
+    """Sends one bucket of many, writes the file, and sends nothing more."""
     GroupCarrier.bucket_bytes = 20_000
     one = Publishing(root / name, url, ParallelConfig(), RolloutConfig(transport="gloo"))
     send = GroupCarrier.send
-    sent: list = []
 
     def send_once(carrier, cargo) -> None:
-        if sent:
-            time.sleep(60)
-        sent.append(cargo)
         send(carrier, cargo)
+        sent_one.touch()
+        time.sleep(60)
 
     GroupCarrier.send = send_once
     one.publish("never")
