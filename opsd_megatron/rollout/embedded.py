@@ -168,7 +168,7 @@ class EmbeddedBackend:
         self._call("POST", "/update_weights", json={"update_info": info}, timeout=RECEIVE_S, once=True)
 
     def leave_group(self) -> None:
-        self._call("POST", "/shutdown_weight_transfer_engine")
+        self._call("POST", "/shutdown_weight_transfer_engine", once=True)
 
     def sleep(self) -> None:
         raise Unsupported(f"{self.url} cannot sleep")
@@ -207,7 +207,8 @@ class EmbeddedBackend:
         self._call("POST", "/finish_weight_update", json={"weight_version": version}, timeout=UPDATE_S)
 
     def abort_update(self) -> None:
-        self._call("POST", "/abort_weight_update")
+        """Tried once: the next update begins with nothing staged in any case."""
+        self._call("POST", "/abort_weight_update", once=True)
 
     def update_from_disk(self, path: str, version: str) -> None:
         self.begin_update(version)
@@ -224,7 +225,7 @@ class EmbeddedBackend:
         return parse_generate(body, request, self._vocab_size)
 
     def _call(self, method: str, path: str, *, once: bool = False, **arguments) -> Any:
-        """The parsed JSON of the reply. `once`: not repeated, for others wait for this very call."""
+        """The parsed JSON of the reply. `once`: not repeated where no good one comes."""
         deadline, attempt = None, 0
         while True:
             try:

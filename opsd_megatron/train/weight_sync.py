@@ -30,8 +30,10 @@ from opsd_megatron.rollout.backend import (
     HalfUpdated,
     PauseMode,
     RolloutBackend,
+    ServerRefused,
     Transport,
     Unsupported,
+    UpdateLost,
     WrongChecksum,
 )
 from opsd_megatron.train.transports import Cargo, Carrier, DiskCarrier, GroupCarrier, HttpCarrier, NamedTensors
@@ -81,9 +83,9 @@ class Publisher:
         problem, published = None, None
         if self._backend is not None:
             try:
-                published = _Update(self._backend, self._config, self._is_checked()).run(
-                    self._choose(self._backend), specs, named, version
-                )
+                offered = self._backend.capabilities()
+                update = _Update(self._backend, offered, self._config, self._is_checked())
+                published = update.run(self._choose(self._backend, offered), specs, named, version)
                 self._count += 1
             except Exception as error:
                 problem = error
@@ -100,10 +102,9 @@ class Publisher:
         every = self._config.checksum_every
         return every > 0 and self._count % every == 0
 
-    def _choose(self, backend: RolloutBackend) -> Carrier:
+    def _choose(self, backend: RolloutBackend, offered: Capabilities) -> Carrier:
         """Under `auto` a group that cannot be formed gives way to the next transport, for good."""
-        capabilities = backend.capabilities()
-        for transport in possible_transports(self._config, capabilities, self._mesh.device):
+        for transport in possible_transports(self._config, offered, self._mesh.device):
             if transport in self._unusable:
                 continue
             carrier = self._carriers.get(transport) or self._make(transport, backend)
@@ -111,7 +112,7 @@ class Publisher:
             if isinstance(carrier, GroupCarrier):
                 try:
                     carrier.join()
-                except ServerError as error:
+                except (UpdateLost, ServerRefused) as error:
                     if self._config.transport != "auto":
                         raise
                     log.warning("rollout.transport=auto leaves %s out: %s", transport, error)
@@ -119,7 +120,7 @@ class Publisher:
                     continue
             return carrier
         raise Unsupported(
-            f"the server takes new weights by {sorted(capabilities.transports)}, this run can send them by none of "
+            f"the server takes new weights by {sorted(offered.transports)}, this run can send them by none of "
             f"these (rollout.transport={self._config.transport}, device {self._mesh.device.type}); for disk set "
             "rollout.shared_directory"
         )
@@ -150,13 +151,12 @@ def possible_transports(config: RolloutConfig, capabilities: Capabilities, devic
 class _Update:
     """One update of one server, on rank 0."""
 
-    def __init__(self, backend: RolloutBackend, config: RolloutConfig, is_checked: bool):
+    def __init__(self, backend: RolloutBackend, offered: Capabilities, config: RolloutConfig, is_checked: bool):
         self._backend = backend
         self._mode: PauseMode = config.pause
         self._sums: dict[str, str] | None = {} if is_checked else None
         self._paused_at: float | None = None
         self._paused_seconds = 0.0
-        offered = backend.capabilities()
         self._is_atomic = offered.has_atomic_updates
         if self._mode not in offered.pause_modes:
             raise ConfigError(f"rollout.pause={self._mode}: this server knows {', '.join(sorted(offered.pause_modes))}")

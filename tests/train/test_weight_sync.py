@@ -180,7 +180,7 @@ def test_a_server_is_resumed_unless_its_weights_may_be_a_mixture(is_atomic, fail
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     carrier = Held(backend)  # type: ignore[arg-type]
     carrier.bucket_bytes = 8
-    update = _Update(backend, RolloutConfig(pause="keep"), False)  # type: ignore[arg-type]
+    update = _Update(backend, backend.capabilities(), RolloutConfig(pause="keep"), False)  # type: ignore[arg-type]
     if fails_at is None:
         assert update.run(carrier, specs, iter(tensors), "v").transport == "http"
     else:
@@ -205,7 +205,7 @@ def test_auto_takes_what_both_have_and_a_pause_mode_that_the_server_lacks_is_ref
     assert possible_transports(shared, offered, gpu) == ["disk", "gloo", "http"]
     assert possible_transports(RolloutConfig(transport="nccl"), offered, cpu) == []
     with pytest.raises(ConfigError, match=r"rollout\.pause=wait: this server knows keep"):
-        _Update(Listed(True, None), RolloutConfig(), False)  # type: ignore[arg-type]
+        _Update(Listed(True, None), Listed(True, None).capabilities(), RolloutConfig(), False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot join two processes on one GPU"):
         RolloutConfig(transport="nccl", colocated=True)
 
