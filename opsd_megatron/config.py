@@ -138,8 +138,34 @@ class RolloutConfig:
     """One HTTP request, all told."""
     retry_s: float = 120.0
     """How long a step waits for a server that went away before the run stops with a checkpoint."""
+    transport: Literal["auto", "disk", "http", "gloo", "nccl"] = "auto"
+    """How new weights reach the server. disk: files in shared_directory; http: bodies of requests; gloo and nccl: a
+    broadcast from rank 0. auto takes the fastest that trainer and server share."""
+    shared_directory: Path | None = None
+    """For disk: a directory of this run's own that trainer and server see under the same path, below the server's
+    --weights-root. Older weights in it are deleted."""
+    transfer_host: str = "127.0.0.1"
+    """For gloo and nccl: an address of rank 0's machine that the servers can reach."""
+    pause: Literal["keep", "wait", "abort"] = "wait"
+    """What happens to requests in flight while weights are exchanged: they stand still and go on with the new weights,
+    are finished first, or end with what they have."""
+    checksum_every: int = 0
+    """Compare the sha256 of every served tensor with the trainer's after each so many updates; 0 never."""
+    colocated: bool = False
+    """Trainer and server share their GPUs and take turns: the server sleeps while the trainer trains, the trainer's
+    state waits in host memory while the server answers."""
 
     def __post_init__(self):
+        _require(
+            self.transport != "disk" or self.shared_directory is not None,
+            "rollout.transport=disk needs rollout.shared_directory, a directory that trainer and server see",
+        )
+        _require(
+            not (self.colocated and self.transport == "nccl"),
+            "rollout.transport=nccl cannot join two processes on one GPU; with rollout.colocated=True take auto, disk, "
+            "gloo or http",
+        )
+        _require(self.checksum_every >= 0, f"rollout.checksum_every={self.checksum_every}: 0 or more")
         _require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0")
         _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt}: 1 or more")
         _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens}: 1 or more")
@@ -329,4 +355,9 @@ class RunConfig:
         _require(
             not (isinstance(self.objective, SelfSft) and isinstance(self.teacher, OtherTeacher)),
             "objective SelfSft learns from the model's own answers: take a LiveTeacher, FrozenTeacher or EmaTeacher",
+        )
+        _require(
+            not (isinstance(self.objective, SelfSft) and self.rollout.colocated),
+            "rollout.colocated=True needs objective Distill: SelfSft publishes the teacher's weights, which are in the "
+            "trainer's memory only for that moment",
         )

@@ -11,10 +11,9 @@ from torch import nn
 
 from opsd_megatron.checkpoint.agreement import on_rank_zero, raise_on_all
 from opsd_megatron.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, check_target, finish_directory, write_shard
-from opsd_megatron.checkpoint.model_weights import Writer, export_plan, export_weights, named_parameters
-from opsd_megatron.checkpoint.shard_plan import ShardPlan, TensorSpec, plan_shards
+from opsd_megatron.checkpoint.model_weights import Writer, export_specs, export_weights
+from opsd_megatron.checkpoint.shard_plan import plan_shards
 from opsd_megatron.checkpoint.staging import FileRecord
-from opsd_megatron.checkpoint.weight_map import weights_of
 from opsd_megatron.models.architecture import Architecture
 from opsd_megatron.parallel.mesh import Mesh
 
@@ -40,7 +39,7 @@ def save_hf(
     """
     out_dir = Path(out_dir)
     on_rank_zero(lambda: check_target(out_dir, overwrite))
-    shards = _plan(chunks, architecture, mesh, dtype, max_shard_bytes)
+    shards = plan_shards(export_specs(chunks, architecture, mesh, dtype), max_shard_bytes)
     writers = [Writer(replica, stage) for stage in range(mesh.pp.size) for replica in range(mesh.dp_cp.size)]
     writer_of = {
         tensor.name: writers[number % len(writers)] for number, shard in enumerate(shards) for tensor in shard.tensors
@@ -68,25 +67,6 @@ def save_hf(
         if mesh.world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def _plan(
-    chunks: Sequence[nn.Module],
-    architecture: Architecture,
-    mesh: Mesh,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-) -> list[ShardPlan]:
-    weights, parameters = list(weights_of(architecture)), named_parameters(chunks)
-    stored = export_plan(weights, parameters, architecture, mesh, lambda parameter: dtype or parameter.dtype)
-    return plan_shards(
-        [
-            TensorSpec(name, stored[weight.megatron][1], shape)
-            for weight in weights
-            for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
-        ],
-        max_shard_bytes,
-    )
 
 
 def _empty(directory: Path) -> None:

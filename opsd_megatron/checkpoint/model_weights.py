@@ -26,6 +26,7 @@ from opsd_megatron.checkpoint.reshard import (
     split_qkv,
     trim_rows,
 )
+from opsd_megatron.checkpoint.shard_plan import TensorSpec
 from opsd_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Weight, weights_of
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.architecture import Architecture
@@ -168,6 +169,19 @@ def export_weights(
                 whole = _gather(held[part], weight, part, mesh.tp) if held is not None else None
                 tensor = _deliver(whole, stage, writer.stage, weight.hf_shapes[part], stored, mesh)
             yield name, tensor
+
+
+def export_specs(
+    chunks: Sequence[nn.Module], architecture: Architecture, mesh: Mesh, dtype: torch.dtype | None = None
+) -> list[TensorSpec]:
+    """What `export_weights` will deliver, in its order; collective, without a tensor being moved."""
+    weights, parameters = list(weights_of(architecture)), named_parameters(chunks)
+    stored = export_plan(weights, parameters, architecture, mesh, lambda parameter: dtype or parameter.dtype)
+    return [
+        TensorSpec(name, stored[weight.megatron][1], shape)
+        for weight in weights
+        for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
+    ]
 
 
 def export_plan(

@@ -131,16 +131,16 @@ class OtherTeacher:
     """Modules of their own, cut over the student's vocabulary ranges, so that row i of both heads is the same token."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], mesh: Mesh):
-        self._chunks, self._mesh = [chunk.requires_grad_(False).eval() for chunk in chunks], mesh
+        self.chunks, self._mesh = [chunk.requires_grad_(False).eval() for chunk in chunks], mesh
 
     def active(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
-        return nullcontext(self._chunks)
+        return nullcontext(self.chunks)
 
     def update(self) -> None:
         pass
 
     def head_weight(self) -> Tensor | None:
-        return head_weight(self._chunks[-1]) if self._mesh.is_last_stage else None
+        return head_weight(self.chunks[-1]) if self._mesh.is_last_stage else None
 
     def tensors(self) -> list[dict[str, Tensor]] | None:
         return None

@@ -30,6 +30,17 @@ class UpdateLost(ServerError):
     """The server restarted inside a weight update, or another client ended it; publish again from the start."""
 
 
+class HalfUpdated(ServerError):
+    """An update failed part way on a server that cannot undo it: its weights are a mixture that looks healthy.
+
+    Nothing that it generates may be used before a whole update has succeeded.
+    """
+
+
+class WrongChecksum(ServerError):
+    """The server's weights are not those that were published; nothing that it generates may be used."""
+
+
 class Unsupported(ServerError):
     """This kind of server cannot do it; its capabilities say so beforehand."""
 

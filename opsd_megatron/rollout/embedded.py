@@ -13,7 +13,6 @@ from opsd_megatron.rollout.backend import (
     ServerInfo,
     TensorInfo,
     TransferGroup,
-    Transport,
     Unsupported,
     UpdateLost,
 )
@@ -22,6 +21,10 @@ from opsd_megatron.rollout.http import Refused
 from opsd_megatron.rollout.replies import LogprobKind, parse_generate, parse_info
 from opsd_megatron.rollout.vllm import GENERATE, SHARD_PREFIX, VllmBackend
 from opsd_megatron.rollout.vllm_wire import as_wire
+
+JOIN_S = 120.0
+RECEIVE_S = 3600.0
+"""Each of the broadcasts has a limit of its own."""
 
 
 class EmbeddedBackend(VllmBackend):
@@ -44,13 +47,13 @@ class EmbeddedBackend(VllmBackend):
         return self.http.object("GET", "/tokenizer_info")
 
     def capabilities(self) -> Capabilities:
-        transports: set[Transport] = {"disk", "http"}
+        info = self.http.object("GET", "/server_info")
         return Capabilities(
             logprob_kind="processed",
-            seeded=self.info().seeded,
+            seeded=parse_info(info).seeded,
             has_spans=True,
             pause_modes=frozenset(("keep", "wait", "abort")),
-            transports=frozenset(transports),
+            transports=frozenset(info.get("transports", ("http",))),
             has_atomic_updates=True,
             has_checksum=True,
             can_score="prompt_logprobs" in self._routes.fields("SamplingParams"),
@@ -77,16 +80,33 @@ class EmbeddedBackend(VllmBackend):
             super().flush_cache()
 
     def world_size(self) -> int:
-        return 1
+        return int(self._change("GET", "/get_world_size")["world_size"])
 
     def join_group(self, group: TransferGroup) -> None:
-        raise Unsupported(f"{self.url} knows no {group.kind} group")
+        info = {
+            "backend": group.kind,
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": group.rank_offset,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "packed": True,
+            "packed_buffer_size_bytes": group.bucket_bytes,
+            "timeout_s": JOIN_S,
+        }
+        arguments = {"json": {"init_info": info}, "timeout": JOIN_S + 30, "repeat": False}
+        self._change("POST", "/init_weight_transfer_engine", **arguments)
 
     def receive(self, tensors: Sequence[TensorInfo]) -> None:
-        raise Unsupported(f"{self.url} has joined no group")
+        info = {
+            "names": [tensor.name for tensor in tensors],
+            "dtype_names": [tensor.dtype for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+        }
+        self._change("POST", "/update_weights", json={"update_info": info}, timeout=RECEIVE_S, repeat=False)
 
     def leave_group(self) -> None:
-        pass
+        self._change("POST", "/shutdown_weight_transfer_engine", repeat=False)
 
     def begin_update(self, version: str) -> None:
         self._bucket = 0
@@ -104,7 +124,8 @@ class EmbeddedBackend(VllmBackend):
         self._change("POST", "/finish_weight_update", json={"weight_version": version})
 
     def abort_update(self) -> None:
-        self._change("POST", "/abort_weight_update")
+        """Tried once: the next update begins with nothing staged in any case."""
+        self._change("POST", "/abort_weight_update", repeat=False)
 
     def update_from_disk(self, path: str, version: str) -> None:
         self.begin_update(version)
@@ -116,14 +137,14 @@ class EmbeddedBackend(VllmBackend):
         return {name.removeprefix(SHARD_PREFIX): value for name, value in sums.items()}
 
     def _change(self, method: str, path: str, **arguments) -> dict:
-        """Every step of an update may be repeated."""
+        """Every step of an update but those of a group may be repeated."""
         try:
-            return self.http.object(method, path, admin=True, timeout=UPDATE_S, **arguments)
+            return self.http.object(method, path, admin=True, **{"timeout": UPDATE_S} | arguments)
         except Refused as error:
-            if error.status == 409 and '"NoUpdateOpenError"' in error.body:
-                raise UpdateLost(
-                    f"{method} {self.url}{path}: no weight update is open; did the server restart? Publish again"
-                ) from error
+            if error.status == 409 and any(
+                f'"{name}"' in error.body for name in ("NoUpdateOpenError", "NoTransferGroupError")
+            ):
+                raise UpdateLost(f"{error}; did the server restart? Publish again") from error
             raise
 
 

@@ -33,6 +33,7 @@ from opsd_megatron.rollout.replies import (
     parse_prompt_logprobs,
 )
 from opsd_megatron.rollout.vllm_wire import as_completion, as_score, as_wire
+from opsd_megatron.transfer import nccl_unique_id
 
 log = logging.getLogger(__name__)
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -142,10 +143,11 @@ class VllmBackend(Client):
         return get(self.http.object("GET", "/get_world_size?include_dp=true", admin=True), "world_size", int, "reply")
 
     def join_group(self, group: TransferGroup) -> None:
-        if group.kind != "nccl" or not group.nccl_unique_id:
-            raise Unsupported(f"{self.url} joins NCCL groups only, by TransferGroup.nccl_unique_id")
+        if group.kind != "nccl":
+            raise Unsupported(f"{self.url} joins NCCL groups only, not {group.kind}")
+        made = group.nccl_unique_id or nccl_unique_id(group.host, group.port, group.name, UPDATE_S)
         init = {
-            "nccl_unique_id_b64": group.nccl_unique_id,
+            "nccl_unique_id_b64": made,
             "rank_offset": group.rank_offset,
             "world_size": group.world_size,
             "packed": True,

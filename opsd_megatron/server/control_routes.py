@@ -3,14 +3,17 @@
 import asyncio
 import hashlib
 import logging
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
+import torch
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.requests import ClientDisconnect
 
 from opsd_megatron.server.refusal import Refusal
 from opsd_megatron.server.service import PauseMode, Service
+from opsd_megatron.server.transfer import Described, InitInfo, beside_the_loop
 
 log = logging.getLogger(__name__)
 CHECKSUM_PREFIX = "dp0:pp0:pcp0:tp0:"
@@ -21,12 +24,37 @@ class AbortRequest(BaseModel):
     request_ids: list[str] | None = None
 
 
-class UpdateInfo(BaseModel):
+class DiskUpdate(BaseModel):
     path: str
 
 
+class BroadcastUpdate(BaseModel):
+    """All tensors of an update, in the order of their broadcasts."""
+
+    names: list[str] = Field(min_length=1)
+    dtype_names: list[Literal["float64", "float32", "float16", "bfloat16"]]
+    shapes: list[list[Annotated[int, Field(ge=0)]]]
+
+    @model_validator(mode="after")
+    def _equally_many(self):
+        if not len(set(self.names)) == len(self.names) == len(self.dtype_names) == len(self.shapes):
+            raise ValueError("names must be unique, and dtype_names and shapes as many as they are")
+        return self
+
+    def described(self) -> Described:
+        kinds = (getattr(torch, name) for name in self.dtype_names)
+        return {
+            name: (dtype, tuple(shape))
+            for name, dtype, shape in zip(self.names, kinds, self.shapes, strict=True)
+        }  # fmt: skip
+
+
+class InitRequest(BaseModel):
+    init_info: InitInfo
+
+
 class UpdateRequest(BaseModel):
-    update_info: UpdateInfo
+    update_info: DiskUpdate | BroadcastUpdate
 
 
 class FinishRequest(BaseModel):
@@ -41,6 +69,7 @@ def control_routes(service: Service) -> APIRouter:
     router = APIRouter()
     _add_pausing(router, service)
     _add_updating(router, service)
+    _add_groups(router, service)
     return router
 
 
@@ -85,8 +114,14 @@ def _add_updating(router: APIRouter, service: Service) -> None:
         return {"message": f"bucket {bucket}: {count} tensors staged"}
 
     @router.post("/update_weights")
-    async def update_from_disk(body: UpdateRequest):
-        count = await asyncio.to_thread(weights.stage_directory, body.update_info.path)
+    async def update(body: UpdateRequest):
+        """From a directory, or through the transfer group: then it returns when everything has come."""
+        info = body.update_info
+        if isinstance(info, DiskUpdate):
+            count = await asyncio.to_thread(weights.stage_directory, info.path)
+        else:
+            take = partial(weights.receive, info.described())
+            count = await beside_the_loop(lambda: service.receiver.receive(take))
         return {"message": f"{count} tensors staged"}
 
     @router.post("/finish_weight_update")
@@ -105,12 +140,29 @@ def _add_updating(router: APIRouter, service: Service) -> None:
     @router.post("/abort_weight_update")
     async def abort():
         weights.abort()
+        service.receiver.interrupt()
         return {"message": "nothing is staged", "weight_version": service.version}
 
     @router.post("/weight_checker")
     async def check(_: CheckRequest) -> dict[str, Any]:
         sums = await service.checksums()
         return {"checksums": {CHECKSUM_PREFIX + name: value for name, value in sums.items()}}
+
+
+def _add_groups(router: APIRouter, service: Service) -> None:
+    @router.get("/get_world_size")
+    async def world_size():
+        return {"world_size": 1}
+
+    @router.post("/init_weight_transfer_engine")
+    async def join(body: InitRequest):
+        await beside_the_loop(lambda: service.receiver.join(body.init_info))
+        return {"message": f"joined {body.init_info.group_name} as rank {body.init_info.rank_offset}"}
+
+    @router.post("/shutdown_weight_transfer_engine")
+    async def leave():
+        service.receiver.leave()
+        return {"message": "in no transfer group"}
 
 
 async def _verified_body(bucket: str, request: Request) -> bytes:

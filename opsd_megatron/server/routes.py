@@ -113,6 +113,7 @@ def _add_information(app: FastAPI, service: Service, identity: Identity, text: T
             "max_model_len": identity.max_model_len,
             "logprob_kind": "processed",
             "weight_version": service.version,
+            "transports": service.transports,
         }
 
     @app.get("/tokenizer_info")

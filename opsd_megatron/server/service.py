@@ -12,6 +12,7 @@ from typing import Literal
 from opsd_megatron.server.engine import Continuation, Engine, Job, SampleKey
 from opsd_megatron.server.metrics import Metrics
 from opsd_megatron.server.refusal import Refusal
+from opsd_megatron.server.transfer import Receiver
 from opsd_megatron.server.weights import WeightStore
 from opsd_megatron.types import VersionSpan
 
@@ -53,6 +54,7 @@ class Service:
 
     def __init__(self, engine: Engine, weights: WeightStore, version: str):
         self.engine, self.weights, self.version = engine, weights, version
+        self.receiver = Receiver(weights.model.device)
         self.metrics = Metrics()
         self.metrics.gauge("requests_running", lambda: len(self._live))
         self.metrics.gauge("is_paused", lambda: self.paused is not None)
@@ -74,8 +76,14 @@ class Service:
         await asyncio.wait_for(self.generate(job, "warm-up"), timeout=600)
 
     async def stop(self) -> None:
+        self.receiver.leave()
         await self._in_engine_thread(self.engine.stop)
         self._engine_thread.shutdown()
+
+    @property
+    def transports(self) -> list[str]:
+        """Ways in which new weights can come."""
+        return ["http", *(["disk"] if self.weights.root else []), *self.receiver.kinds]
 
     @property
     def is_healthy(self) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from math import prod
 from pathlib import Path
 
 import safetensors
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_megatron.server.refusal import Refusal
+from opsd_megatron.server.transfer import Described, Rooms, Staging
+from opsd_megatron.transfer import Member, aligned, packed_buckets, unpack
 
 NO_UPDATE = "NoUpdateOpenError"
 
@@ -18,7 +21,8 @@ NO_UPDATE = "NoUpdateOpenError"
 class WeightStore:
     """Parameters of `model` under their Hugging Face names, and what is staged to replace them.
 
-    Staging holds a second copy in host memory. Nothing but `swap` touches the model.
+    Staging holds a second copy in memory, on a CPU for good: the memory of weights that were replaced takes the next
+    ones. Nothing but `swap` touches the model.
     """
 
     def __init__(self, model: PreTrainedModel, root: Path | None):
@@ -30,7 +34,8 @@ class WeightStore:
             name: source for name, source in getattr(model, "all_tied_weights_keys", {}).items()
             if source in self.parameters and name not in self.parameters
         }  # fmt: skip
-        self._staged: dict[str, dict[str, Tensor]] | None = None
+        self._staged: Staging | None = None
+        self._rooms = Rooms()
 
     @property
     def is_updating(self) -> bool:
@@ -38,7 +43,7 @@ class WeightStore:
 
     def begin(self) -> None:
         """Starts with nothing staged; what an unfinished update had staged is gone."""
-        self._staged = {}
+        self._staged = Staging()
 
     def abort(self) -> None:
         self._staged = None
@@ -51,8 +56,25 @@ class WeightStore:
         except Exception as error:
             raise Refusal(400, f"bucket {bucket}: the body is not a whole safetensors file ({error})") from error
         self._check(tensors, f"bucket {bucket}")
-        staged[bucket] = tensors
+        staged.buckets[bucket] = {name: aligned(tensor) for name, tensor in tensors.items()}
         return len(tensors)
+
+    def receive(self, described: Described, member: Member, bucket_bytes: int) -> int:
+        """Number of tensors that came through the group; Refusal 409 before the first where they do not fit."""
+        staged = self._open_update()
+        if missing := sorted(self.parameters.keys() - described.keys()):
+            raise Refusal(409, f"{len(missing)} of {len(self.parameters)} tensors are missing, first {missing[0]}")
+        for name, (dtype, shape) in described.items():
+            self._check_one("broadcast", name, dtype, shape)
+        names = list(described)
+        sizes = [dtype.itemsize * prod(shape) for dtype, shape in described.values()]
+        for number, bucket in enumerate(packed_buckets(sizes, bucket_bytes)):
+            room = self._rooms.take(sum(sizes[index] for index in bucket), member.device, staged)
+            member.broadcast(room)
+            chosen = [names[index] for index in bucket]
+            dtypes, shapes = zip(*(described[name] for name in chosen), strict=True)
+            staged.buckets[f"broadcast {number}"] = dict(zip(chosen, unpack(room, dtypes, shapes), strict=True))
+        return len(names)
 
     def stage_directory(self, path: str) -> int:
         """Number of tensors read from the safetensors files of a Hugging Face directory below `root`."""
@@ -60,17 +82,17 @@ class WeightStore:
         directory = self._confine(path)
         for file in _shards(directory):
             try:
-                tensors = safetensors.torch.load_file(file)
+                tensors = safetensors.torch.load_file(file)  # mapped, not read
             except (OSError, safetensors.SafetensorError) as error:
                 raise Refusal(400, f"{file}: cannot be read as safetensors ({error})") from error
             self._check(tensors, str(file))
-            staged[str(file)] = tensors
-        return sum(map(len, staged.values()))
+            staged.buckets[str(file)] = {name: self._rooms.copy_of(tensor, staged) for name, tensor in tensors.items()}
+        return sum(map(len, staged.buckets.values()))
 
     def check_complete(self) -> None:
         """Refusal 409 unless exactly one tensor is staged for each parameter."""
         counts: dict[str, int] = {}
-        for tensors in self._open_update().values():
+        for tensors in self._open_update().buckets.values():
             for name in tensors:
                 counts[name] = counts.get(name, 0) + 1
         missing = sorted(self.parameters.keys() - counts.keys())
@@ -86,35 +108,43 @@ class WeightStore:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Overwrites every parameter in place; `check_complete` has passed and no engine runs."""
+        """Replaces every parameter's values; `check_complete` has passed and no engine runs.
+
+        By pointer where the new ones lie on the parameter's device: milliseconds, however large the model.
+        """
         flat = self._flat()
-        for name, parameter in self.parameters.items():
-            parameter.copy_(flat[name])
-        self._staged = None
+        moved = [name for name, parameter in self.parameters.items() if parameter.device == flat[name].device]
+        for name in self.parameters.keys() - set(moved):
+            self.parameters[name].copy_(flat[name])
+        for name in moved:
+            self.parameters[name].data = flat[name]
+        staging, self._staged = self._open_update(), None
+        self._rooms.serve(staging, keep=len(moved) == len(self.parameters))
 
     def checksums(self) -> dict[str, str]:
         """sha256 of the bytes of each parameter."""
         return {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in self.parameters.items()}
 
     def _flat(self) -> dict[str, Tensor]:
-        return {name: tensor for tensors in self._open_update().values() for name, tensor in tensors.items()}
+        return {name: tensor for tensors in self._open_update().buckets.values() for name, tensor in tensors.items()}
 
-    def _open_update(self) -> dict[str, dict[str, Tensor]]:
+    def _open_update(self) -> Staging:
         if self._staged is None:
             raise Refusal(409, "no weight update is open; POST /start_weight_update first", NO_UPDATE)
         return self._staged
 
     def _check(self, tensors: dict[str, Tensor], where: str) -> None:
         for name, tensor in tensors.items():
-            wanted = self.parameters.get(self.tied.get(name, name))
-            if wanted is None:
-                raise Refusal(409, f"{where}: {name} is no tensor of this model (Hugging Face names are expected)")
-            if tensor.shape != wanted.shape:
-                raise Refusal(409, f"{where}: {name} has shape {list(tensor.shape)}, expected {list(wanted.shape)}")
-            if tensor.dtype != wanted.dtype:
-                raise Refusal(
-                    409, f"{where}: {name} is {tensor.dtype}, expected {wanted.dtype}; cast it or change --dtype"
-                )
+            self._check_one(where, name, tensor.dtype, tuple(tensor.shape))
+
+    def _check_one(self, where: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        wanted = self.parameters.get(self.tied.get(name, name))
+        if wanted is None:
+            raise Refusal(409, f"{where}: {name} is no tensor of this model (Hugging Face names are expected)")
+        if shape != tuple(wanted.shape):
+            raise Refusal(409, f"{where}: {name} has shape {list(shape)}, expected {list(wanted.shape)}")
+        if dtype != wanted.dtype:
+            raise Refusal(409, f"{where}: {name} is {dtype}, expected {wanted.dtype}; cast it or change --dtype")
 
     def _confine(self, path: str) -> Path:
         if self.root is None:

@@ -18,18 +18,21 @@ from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.errors import ConfigError, ServerError, UserError
 from opsd_megatron.models.architecture import read_architecture
 from opsd_megatron.models.build import build_model
+from opsd_megatron.models.teacher import OtherTeacher
 from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
 from opsd_megatron.parallel.mesh import build_mesh
 from opsd_megatron.parallel.reduce import broadcast_object
-from opsd_megatron.rollout.backend import UpdateLost
+from opsd_megatron.rollout.backend import HalfUpdated, UpdateLost
+from opsd_megatron.train.colocated import Turns, put_to_sleep
 from opsd_megatron.train.optimizer import make_trainable
+from opsd_megatron.train.parking import park_training
 from opsd_megatron.train.progress import ProgressLine
 from opsd_megatron.train.record import RunRecord, describe_run
 from opsd_megatron.train.sampling import Sampling
 from opsd_megatron.train.stop import StopSignal
 from opsd_megatron.train.teacher import make_teacher
-from opsd_megatron.train.weight_sync import publish, version_name
+from opsd_megatron.train.weight_sync import Publisher, version_name
 from opsd_megatron.types import PromptPair, Rollout
 
 PUBLISH_ATTEMPTS = 3
@@ -49,6 +52,10 @@ class Run:
         self._check_vocabulary()
         self.records = read_records(config.data.path)
         self.stream = self._stream()
+        self.sampling = Sampling(config, self.tokenizer, self.mesh)
+        sender = self.sampling.backend if self.mesh.world.rank == 0 else None
+        if config.rollout.colocated:
+            put_to_sleep(sender)
         dtype = DTYPES[config.model.dtype]
         modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute, config.model.attention)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
@@ -59,7 +66,11 @@ class Run:
         self.objective = build_objective(config.objective, config.rollout.temperature, self.mesh.tp, vocab_size)
         self.on_policy = isinstance(config.objective, Distill)
         self.step = self._resume()
-        self.sampling = Sampling(config, self.tokenizer, self.mesh)
+        self.publisher = Publisher(config.rollout, self.architecture, self.mesh, sender)
+        self.turns = None
+        if config.rollout.colocated:
+            others = self.teacher.chunks if isinstance(self.teacher, OtherTeacher) else []
+            self.turns = Turns(sender, park_training(self.chunks, self.optimizer, others, self.mesh.device))
         self._served: str | None = None  # the server may have restarted, or be serving another checkpoint
 
     def __enter__(self) -> "Run":
@@ -74,6 +85,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Whatever ended the run: a checkpoint where the state is whole, and nothing left running."""
         if kind is None or issubclass(kind, ServerError):
+            if self.turns is not None:
+                self.turns.rescue()
             self._save_if_new()
         if kind is None and self.config.checkpoint.export_hf and self.step >= self.config.steps:
             self._export()
@@ -81,6 +94,7 @@ class Run:
             self._record.close()
         if self._progress is not None:
             self._progress.close()
+        self.publisher.close()
         self.sampling.close()
         self._stop.restore()
 
@@ -103,6 +117,8 @@ class Run:
         except UserError:
             self.stream.load_state_dict(position)  # the step was not taken: a resumed run takes it again
             raise
+        if self.turns is not None:
+            self.turns.to_trainer()
         return rollouts
 
     @property
@@ -114,24 +130,34 @@ class Run:
 
     def publish(self) -> None:
         """The weights that this step's rollouts come from, to the inference server, unless it has them already."""
-        if self._served == self.rollout_version:
+        if self._is_served(self.rollout_version):
             return
         with nullcontext() if self.on_policy else self.teacher.active():
             self._send(self.rollout_version)
 
     def publish_student(self) -> None:
         """The weights that the run ends with, so that the server can be asked about them."""
-        if self._served != version_name(self.step):
+        if not self._is_served(version_name(self.step)):
             self._send(version_name(self.step))
+
+    def _is_served(self, version: str) -> bool:
+        """A server that has slept has lost everything."""
+        return self._served == version and (self.turns is None or self.turns.turn == "server")
 
     def _send(self, version: str) -> None:
         """Again from the start where the server restarted in between."""
+        turns = self.turns
+        value_of = turns.parking.value_of if turns else None
+
+        def publish() -> None:
+            self.publisher.publish(self.chunks, version, value_of)
+
         for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
             try:
-                publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, version)
+                turns.to_server(publish) if turns else publish()
                 self._served = version
                 return
-            except UpdateLost:
+            except (UpdateLost, HalfUpdated):
                 if not attempts_left:
                     raise
 
@@ -164,6 +190,8 @@ class Run:
         if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
             self.publish_student()
             values |= self.sampling.probe()
+            if self.turns is not None:
+                self.turns.to_trainer()
         if self._record is not None and self._progress is not None:
             self._record.write(self.step, values)
             self._progress.show(self.step, values)

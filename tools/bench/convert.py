@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +46,7 @@ QWEN = {
 }
 
 
-def make_model(directory: Path, layers: int) -> None:
+def make_model(directory: Path, layers: int, changes: Mapping[str, Any] | None = None) -> None:
     """The model, written with the exporter's own files of known places; values are one random block repeated."""
     import torch
 
@@ -53,7 +55,7 @@ def make_model(directory: Path, layers: int) -> None:
     from opsd_megatron.checkpoint.stored_model import parts_of
     from opsd_megatron.models.architecture import architecture_of
 
-    config = QWEN | {"num_hidden_layers": layers}
+    config = QWEN | {"num_hidden_layers": layers} | dict(changes or {})
     parts = parts_of(architecture_of(config))
     shards = plan_shards([TensorSpec(part.name, torch.bfloat16, part.shape) for part in parts], SHARD_BYTES)
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
