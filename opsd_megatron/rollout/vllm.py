@@ -106,8 +106,8 @@ class VllmBackend(Client):
         self._gate.open()
 
     def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        names = [f"{prefix}{name}" for name in request_ids or () for prefix in ("generate-tokens-", "cmpl-")]
-        names += [f"cmpl-{name}-0" for name in request_ids or ()]
+        own = [name.removeprefix("generate-tokens-") for name in request_ids or ()]
+        names = [known for name in own for known in (f"generate-tokens-{name}", f"cmpl-{name}-0")]
         if request_ids is not None and not names:
             return 0
         if "/abort_requests" not in self._routes and request_ids is not None:

@@ -183,12 +183,15 @@ def case_weights_through_a_group_are_received_in_order(subject: Subject) -> None
         backend.join_group(group)
         with pytest.raises(ServerRefused, match="pause"):
             backend.begin_update("new")
-        backend.pause("keep")
-        backend.begin_update("new")
-        backend.receive(tensors)
-        backend.finish_update("new")
-        backend.resume()
-        assert covered(backend.generate([request()])[0].samples[0]) == {"new": 6}
+        with under_way(backend, request("one", max_tokens=LONG)) as (running,):
+            backend.pause("keep")
+            backend.begin_update("new")
+            backend.receive(tensors)
+            backend.finish_update("new")
+            backend.resume()
+            time.sleep(SOON_S)
+            backend.abort()
+            assert list(covered(running.result(20))) == ["old", "new"]
         backend.leave_group()
 
 
