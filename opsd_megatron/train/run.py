@@ -11,7 +11,7 @@ from opsd_megatron.checkpoint.model_weights import load_weights
 from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
 from opsd_megatron.data.contexts import context_numbers, runs_of_context
-from opsd_megatron.data.pairs import build_pair
+from opsd_megatron.data.pairs import build_prompt
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.stream import RecordStream
 from opsd_megatron.data.tokenizer import load_tokenizer
@@ -23,14 +23,17 @@ from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_
 from opsd_megatron.parallel.mesh import build_mesh
 from opsd_megatron.parallel.reduce import broadcast_object
 from opsd_megatron.rollout.backend import UpdateLost
+from opsd_megatron.train.feed import LiveFeed, ReplayFeed
+from opsd_megatron.train.mismatch import MismatchGuard, require_comparable, staleness_metrics
 from opsd_megatron.train.optimizer import make_trainable
 from opsd_megatron.train.progress import ProgressLine
-from opsd_megatron.train.record import RunRecord, describe_run
+from opsd_megatron.train.record import RunRecord, describe_run, record_rollouts
 from opsd_megatron.train.sampling import Sampling
 from opsd_megatron.train.stop import StopSignal
 from opsd_megatron.train.teacher import make_teacher
+from opsd_megatron.train.token_values import TokenValues
 from opsd_megatron.train.weight_sync import publish, version_name
-from opsd_megatron.types import PromptPair, Rollout
+from opsd_megatron.types import Rollout
 
 PUBLISH_ATTEMPTS = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +51,6 @@ class Run:
         self.tokenizer = load_tokenizer(config.model.path)
         self._check_vocabulary()
         self.records = read_records(config.data.path)
-        self.stream = self._stream()
         dtype = DTYPES[config.model.dtype]
         modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
@@ -56,11 +58,20 @@ class Run:
             config.teacher, modules, self.architecture, self.tokenizer, self.mesh, dtype
         )
         self.chunks, self.optimizer = make_trainable(modules, self.mesh, config.optimizer, dtype)
-        self.objective = build_objective(config.objective, config.rollout.temperature, self.mesh.tp, vocab_size)
+        self.objective = build_objective(
+            config.objective, config.rollout.temperature, self.mesh.tp, self.mesh.cp, vocab_size
+        )
         self.on_policy = isinstance(config.objective, Distill)
+        stream = self._stream()
+        if config.rollout.replay_from is None:
+            self.sampling = Sampling(config, self.tokenizer, self.mesh)
+            self.feed = LiveFeed(config, self.records, stream, self.tokenizer, self.sampling, self.mesh)
+        else:
+            self.sampling, self.feed = None, ReplayFeed(config, stream, self.tokenizer, self.mesh)
         self.step = self._resume()
-        self.sampling = Sampling(config, self.tokenizer, self.mesh)
         self._served: str | None = None  # the server may have restarted, or be serving another checkpoint
+        self._guard = MismatchGuard(config.mismatch, self._probe_tokens(), self.architecture.vocab_size, self.mesh)
+        self._probed: dict[str, float] = {}
 
     def __enter__(self) -> "Run":
         self._stop = StopSignal()
@@ -81,28 +92,22 @@ class Run:
             self._record.close()
         if self._progress is not None:
             self._progress.close()
-        self.sampling.close()
+        if self.sampling is not None:
+            self.sampling.close()
         self._stop.restore()
 
-    def next_pairs(self) -> list[PromptPair]:
-        """This replica's prompts of the next step; the same on all its ranks."""
-        data = self.config.data
-        return [
-            build_pair(self.records[number], data.template, self.tokenizer, data.student_tokens, data.teacher_tokens)
-            for number in self.stream.next_batch(self.config.batch.prompts_per_step)
-        ]
-
     def sample(self) -> list[Rollout]:
-        """This replica's rollouts, from weights of this very step; a server that lost them gets them again."""
-        position = self.stream.state_dict()
-        try:
-            pairs = self.next_pairs()
-            while (rollouts := self.sampling.sample(pairs, self.step, self.rollout_version)) is None:
-                self._served = None
-                self.publish()
-        except UserError:
-            self.stream.load_state_dict(position)  # the step was not taken: a resumed run takes it again
-            raise
+        """This replica's rollouts of this step; a server that lost the weights gets them again.
+
+        Overlapped, they were asked for one step ago, and the server begins with the next step's.
+        """
+        while (rollouts := self.feed.take(self.step, self.rollout_version)) is None:
+            self._served = None
+            self.publish()
+        if self.on_policy:
+            require_comparable(rollouts, self.config.rollout.temperature)
+        if self.config.rollout.overlap == "one_step_off" and self.step + 1 < self.config.steps:
+            self.feed.ask_ahead(self.step + 1, self.rollout_version)
         return rollouts
 
     @property
@@ -114,26 +119,31 @@ class Run:
 
     def publish(self) -> None:
         """The weights that this step's rollouts come from, to the inference server, unless it has them already."""
-        if self._served == self.rollout_version:
+        if self.sampling is None or self._served == self.rollout_version:
             return
         with nullcontext() if self.on_policy else self.teacher.active():
             self._send(self.rollout_version)
 
     def publish_student(self) -> None:
         """The weights that the run ends with, so that the server can be asked about them."""
-        if self._served != version_name(self.step):
+        if self.sampling is not None and self._served != version_name(self.step):
             self._send(version_name(self.step))
 
     def _send(self, version: str) -> None:
-        """Again from the start where the server restarted in between."""
+        """Again from the start where the server restarted in between; a batch that it still answers is finished first,
+        so that no response has tokens of two versions."""
+        assert self.sampling is not None
+        self.feed.settle()
         for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
             try:
                 publish(self.chunks, self.architecture, self.mesh, self.sampling.backend, version)
                 self._served = version
-                return
+                break
             except UpdateLost:
                 if not attempts_left:
                     raise
+        if version == version_name(self.step):
+            self._probed |= self._guard.probe(self.chunks, self.sampling.backend, version)
 
     def zero_gradients(self) -> None:
         for chunk in self.chunks:
@@ -147,7 +157,7 @@ class Run:
             on_device = {name: value.to(self.mesh.device) for name, value in sums.items()}
             values = finish_metrics(reduce_metrics(on_device, self.mesh.dp_cp))
         values = broadcast_object(values, self.mesh.pp, self.mesh.pp.size - 1)
-        about = rollout_metrics(rollouts, self.tokenizer.eos_ids)
+        about = rollout_metrics(rollouts, self.tokenizer.eos_ids) | staleness_metrics(rollouts, self.step)
         about = {name: value.to(self.mesh.device) for name, value in about.items()}
         values |= finish_metrics(reduce_metrics(about, self.mesh.dp))
         if not math.isfinite(values["loss/per_token"]):
@@ -157,16 +167,28 @@ class Run:
             )
         return values
 
+    def keep(self, rollouts: list[Rollout], kept: TokenValues | None) -> None:
+        """Writes the step's rollouts with what was computed of their tokens, where they are recorded."""
+        if kept is None:
+            return
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        values = kept.whole(tokens, self.mesh)
+        if self.mesh.replica.rank == 0:
+            record_rollouts(self.config, self.tokenizer.fingerprint, self.step + 1, self.mesh.dp, rollouts, values)
+
     def finish_step(self, values: Mapping[str, float]) -> None:
         """Counts, shows, records and, when due, probes and saves."""
         log, every = self.config.log, self.config.checkpoint.every_steps
-        values = dict(values)
-        if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
+        values = dict(values) | self._probed
+        self._probed = {}
+        if self.sampling and log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
             self.publish_student()
             values |= self.sampling.probe()
         if self._record is not None and self._progress is not None:
             self._record.write(self.step, values)
             self._progress.show(self.step, values)
+        if self.sampling is not None:
+            self._guard.watch(self.step, values)
         if every and self.step % every == 0:
             self._save_if_new()
 
@@ -180,6 +202,11 @@ class Run:
                 f"{self.config.model.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
                 f"{self.architecture.vocab_size}; they do not belong together"
             )
+
+    def _probe_tokens(self) -> tuple[int, ...]:
+        data = self.config.data
+        prompt = build_prompt(self.records[0], "student", data.template, self.tokenizer, data.student_tokens)
+        return prompt.token_ids
 
     def _stream(self) -> RecordStream:
         data, dp = self.config.data, self.mesh.dp
@@ -200,7 +227,7 @@ class Run:
         )
         if restored is None:
             return 0
-        self.stream.load_state_dict(restored.extra["stream"])
+        self.feed.load_state(restored.extra | {"step": restored.step})
         self._saved_step = restored.step
         return restored.step
 
@@ -215,7 +242,7 @@ class Run:
             self.mesh,
             optimizer=self.optimizer,
             teacher=self.teacher.tensors(),
-            extra={"stream": self.stream.state_dict()},
+            extra=self.feed.state(),
             keep=self.config.checkpoint.keep,
         )
         self._saved_step = self.step
