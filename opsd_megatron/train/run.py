@@ -10,10 +10,9 @@ from opsd_megatron.checkpoint.live_export import save_hf
 from opsd_megatron.checkpoint.model_weights import load_weights
 from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
-from opsd_megatron.data.contexts import context_numbers, runs_of_context
+from opsd_megatron.data.contexts import ordered_stream
 from opsd_megatron.data.pairs import build_prompt
 from opsd_megatron.data.records import read_records
-from opsd_megatron.data.stream import RecordStream
 from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.errors import ConfigError, ServerError, UserError
 from opsd_megatron.models.architecture import read_architecture
@@ -62,7 +61,7 @@ class Run:
             config.objective, config.rollout.temperature, self.mesh.tp, self.mesh.cp, vocab_size
         )
         self.on_policy = isinstance(config.objective, Distill)
-        stream = self._stream()
+        stream = ordered_stream(self.records, config.data, config.seed, self.mesh.dp.rank, self.mesh.dp.size)
         if config.rollout.replay_from is None:
             self.sampling = Sampling(config, self.tokenizer, self.mesh)
             self.feed = LiveFeed(config, self.records, stream, self.tokenizer, self.sampling, self.mesh)
@@ -207,12 +206,6 @@ class Run:
         data = self.config.data
         prompt = build_prompt(self.records[0], "student", data.template, self.tokenizer, data.student_tokens)
         return prompt.token_ids
-
-    def _stream(self) -> RecordStream:
-        data, dp = self.config.data, self.mesh.dp
-        together = data.contexts_together if data.shuffle else 1
-        runs = runs_of_context(context_numbers(self.records), together) if together > 1 else None
-        return RecordStream(self.records, self.config.seed, data.shuffle, dp.rank, dp.size, runs)
 
     def _resume(self) -> int:
         self._saved_step = -1
