@@ -21,6 +21,8 @@ from opsd_megatron.rollout.recording import RecordedRollout, RecordedStep, read_
 
 SATURATED_NATS = 3.0
 """|advantage| that is shown in full colour."""
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+"""Control characters as their pictures: a response must not be able to steer the terminal."""
 KEYS = "Enter next, p previous, s NUMBER step, r NUMBER rollout, q quit"
 
 
@@ -77,14 +79,14 @@ def show(row: RecordedRollout, title: str, tokenizer: Tokenizer | None, argument
         "weights " + ", ".join(f"{span.version} [{span.start}:{span.end}]" for span in rollout.version_spans),
         f"server {rollout.server_id}",
     ]
-    console.print(Text("\n".join(facts), "" if arguments.plain else "cyan"))
+    console.print(Text("\n".join(facts), "" if arguments.plain else "cyan"), soft_wrap=True)
     tail = rollout.pair.student_prompt[-arguments.prompt_tokens :]
     left_out = len(rollout.pair.student_prompt) - len(tail)
     before = f"prompt, behind {left_out} more tokens: " if left_out else "prompt: "
     console.print(Text(before + "".join(pieces(tail, tokenizer)), "" if arguments.plain else "dim"), soft_wrap=True)
     console.print(Text("response:"))
     console.print(response_text(row, tokenizer, arguments.plain), soft_wrap=True)
-    console.print(Text(_summary(row), "" if arguments.plain else "cyan"))
+    console.print(Text(_summary(row), "" if arguments.plain else "cyan"), soft_wrap=True)
 
 
 def response_text(row: RecordedRollout, tokenizer: Tokenizer | None, plain: bool) -> Text:
@@ -110,7 +112,7 @@ def pieces(token_ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
     for end in range(1, len(token_ids) + 1):
         text = tokenizer.decode(token_ids[start:end])
         is_part = text.endswith("\N{REPLACEMENT CHARACTER}") and end - start < 4 and end < len(token_ids)
-        found.append("" if is_part else text)
+        found.append("" if is_part else text.translate(_VISIBLE))
         start = start if is_part else end
     return found
 

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from opsd_megatron.launch import generate
 from opsd_megatron.rollout.process import ServerProcess
 from opsd_megatron.rollout.recording import read_step, recorded_steps
+from tests.ranks import Job
 from tests.train.runs import TOKEN, make_world
 from tests.train.test_runs import wait_for_step
 
@@ -53,6 +56,18 @@ def test_a_recording_holds_every_rollout_with_the_advantages_of_its_tokens(world
         assert {span.version for row in recording.rollouts for span in row.rollout.version_spans} == {
             f"step-{step - 1}"
         }
+
+
+def test_generating_without_a_trainer_records_what_a_run_replays(world):
+    directory = world.directory / "generated"
+    flags = [*world._flags("generated"), "--rollout.record-to", str(directory), "--steps", "2"]
+    flags += ["--batch.prompts-per-step", "4"]
+    job = Job(Path(generate.__file__), 1, flags, world.directory / "generate.log", world._environment(TOKEN))
+    assert job.wait(120) == 0, (world.directory / "generate.log").read_text()
+    assert recorded_steps(directory) == [1, 2]
+    replay = ("--rollout.replay-from", str(directory), "--steps", "2")
+    assert world.finish("from generated", 1, *replay, token="") == 0, world.log("from generated")
+    assert sorted(world.losses("from generated")) == [1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -95,9 +95,11 @@ def prepare(settings: argparse.Namespace, overlap: Literal["none", "one_step_off
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "layers": 4, "hidden": 256, "context": 512, "response": 48, "prompts": 4, "samples": 2, "steps": 10, "repeats": 2,
-    }.items():  # fmt: skip
+    defaults = {
+        "layers": 4, "hidden": 256, "context": 512, "response": 48, "prompts": 4, "samples": 2, "steps": 10,
+        "repeats": 2,
+    }  # fmt: skip
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path)
     settings = parser.parse_args()
