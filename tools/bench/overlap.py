@@ -104,8 +104,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="opsd-overlap-") as settings.directory:
-        contenders = {"one step ahead": "one_step_off", "one after the other": "none"}
-        prepared = {name: partial(prepare, overlap=overlap) for name, overlap in contenders.items()}
+        prepared = {
+            "one step ahead": partial(prepare, overlap="one_step_off"),
+            "one after the other": partial(prepare, overlap="none"),
+        }
         figures = measure(prepared, settings, repeats=settings.repeats)
     report("sampling while training", settings, figures, settings.output)
     ahead, after = (one.values for one in figures)
