@@ -154,6 +154,13 @@ class RolloutConfig:
     colocated: bool = False
     """Trainer and server share their GPUs and take turns: the server sleeps while the trainer trains, the trainer's
     state waits in host memory while the server answers."""
+    overlap: Literal["none", "one_step_off"] = "none"
+    """one_step_off: the server answers the next step's prompts, with this step's weights, while this step trains."""
+    record_to: Path | None = None
+    """Directory that keeps every step's rollouts with per-token advantages; `python -m opsd_megatron.launch.view` shows
+    them."""
+    replay_from: Path | None = None
+    """Train on rollouts recorded there instead of asking a server; none is needed then."""
 
     def __post_init__(self):
         _require(
@@ -165,10 +172,88 @@ class RolloutConfig:
             "rollout.transport=nccl cannot join two processes on one GPU; with rollout.colocated=True take auto, disk, "
             "gloo or http",
         )
+        _require(
+            not (self.colocated and self.overlap != "none"),
+            f"rollout.overlap={self.overlap} needs a server that answers while this run trains; rollout.colocated=True "
+            "lets them take turns",
+        )
         _require(self.checksum_every >= 0, f"rollout.checksum_every={self.checksum_every}: 0 or more")
         _require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0")
         _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt}: 1 or more")
         _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens}: 1 or more")
+        _require(
+            self.replay_from is None or (self.overlap == "none" and self.record_to != self.replay_from),
+            f"rollout.replay_from={self.replay_from} needs overlap=none, and record_to None or another directory",
+        )
+
+
+@dataclass(frozen=True)
+class NoCorrection:
+    """Every token counts as if the trainer itself had sampled it."""
+
+
+@dataclass(frozen=True)
+class TokenTis:
+    """Truncated importance sampling: each token's loss times min(r, cap), r its train/rollout probability ratio."""
+
+    cap: float = 2.0
+    """Largest factor."""
+
+    def __post_init__(self):
+        _require(self.cap > 0, f"objective.correction.cap={self.cap}: must be above 0")
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Each token's loss times r where low <= r <= high, else 0 (IcePop); it stays in the count."""
+
+    low: float = 0.5
+    """Smallest ratio that is learned from."""
+    high: float = 5.0
+    """Largest."""
+
+    def __post_init__(self):
+        _require_range(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class SequenceTis:
+    """Every token's loss times min(r, cap), where r is one ratio for its whole response.
+
+    Costs one more pass of the rows through the LM head, without gradient, and two small sums over cp.
+    """
+
+    cap: float = 2.0
+    """Largest factor."""
+    over: Literal["mean", "sum"] = "mean"
+    """r = exp of the mean (a geometric mean, for long responses) or of the sum of the tokens' log-ratios."""
+
+    def __post_init__(self):
+        _require(self.cap > 0, f"objective.correction.cap={self.cap}: must be above 0")
+
+
+@dataclass(frozen=True)
+class SequenceMask:
+    """Every token's loss times the r of its response where low <= r <= high, else 0. Costs what SequenceTis does."""
+
+    low: float = 0.5
+    """Smallest ratio that is learned from."""
+    high: float = 2.0
+    """Largest."""
+    over: Literal["mean", "sum"] = "mean"
+    """As in SequenceTis."""
+
+    def __post_init__(self):
+        _require_range(self.low, self.high)
+
+
+def _require_range(low: float, high: float) -> None:
+    _require(
+        0 <= low < high, f"objective.correction.low={low} and high={high}: low at least 0 and below high are needed"
+    )
+
+
+Correction = NoCorrection | TokenTis | TokenMask | SequenceTis | SequenceMask
 
 
 @dataclass(frozen=True)
@@ -187,12 +272,20 @@ class Distill:
     """Of the student's distribution in the loss; None is the rollouts'."""
     teacher_temperature: float | None = None
     """Of the teacher's; None is the rollouts'."""
-    importance_cap: float | None = 2.0
-    """Cap of the train/rollout probability ratio that weights each token of the sampled estimator; None: weight 1."""
     chunk_tokens: int = 256
     """Response rows per pass through the LM head; bounds peak memory at chunk x vocabulary shard."""
     compiled: bool | None = None
     """Have torch.compile make few passes of the many over the logits, after a wait at the first step; None: on GPUs."""
+    correction: NoCorrection | TokenTis | TokenMask | SequenceTis | SequenceMask | None = None
+    """What makes up for rollouts that other log-probs sampled than the trainer's, because the server computes
+    differently or its weights are older. None: TokenTis() for sampled, NoCorrection() for full."""
+
+    @property
+    def used_correction(self) -> Correction:
+        """With the default filled in."""
+        if self.correction is not None:
+            return self.correction
+        return TokenTis() if self.estimator == "sampled" else NoCorrection()
 
     def __post_init__(self):
         _require(
@@ -208,6 +301,11 @@ class Distill:
             value = getattr(self, name)
             _require(value is None or value > 0, f"objective.{name}={value}: above 0, or None for the rollouts'")
         _require(self.chunk_tokens >= 1, f"objective.chunk_tokens={self.chunk_tokens}: 1 or more")
+        _require(
+            self.student_temperature is None or not isinstance(self.correction, SequenceTis | SequenceMask),
+            f"objective.student_temperature={self.student_temperature}: leave it None with a correction by sequence, "
+            "whose ratio compares log-probs at the rollouts' temperature",
+        )
 
 
 @dataclass(frozen=True)
@@ -322,6 +420,27 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class MismatchConfig:
+    """How far trainer and inference server may be apart before the run stops."""
+
+    probe_every_publications: int = 1
+    """Compare both on fixed tokens after every so many weight publications, where the server can score; 0: never."""
+    probe_tokens: int = 256
+    """Length of the probe, from the first record's prompt; RoPE settings that differ only far out need a long one."""
+    probe_limit_nats: float = 0.05
+    """Largest mean |difference| of the probe's log-probs."""
+    k3_limit_nats: float = 0.1
+    """Largest D(server || trainer) of a step's rollouts (mismatch/k3_kl_nats) ..."""
+    k3_steps: int = 3
+    """... that may be exceeded for so many steps running, less one. Replayed rollouts are not held to it."""
+
+    def __post_init__(self):
+        _require(self.probe_every_publications >= 0, "mismatch.probe_every_publications: 0 or more")
+        _require(self.probe_tokens >= 2, f"mismatch.probe_tokens={self.probe_tokens}: 2 or more")
+        _require(self.k3_steps >= 1, f"mismatch.k3_steps={self.k3_steps}: 1 or more")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -349,9 +468,15 @@ class RunConfig:
     """Optimizer steps of the whole run; a resumed run goes on to this number."""
     seed: int = 1234
     """Data order, sampling and anything else random."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """When trainer and server disagree too much."""
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps}: 1 or more")
+        _require(
+            self.rollout.replay_from is None or not (self.log.probe_path and self.log.probe_every_steps),
+            "log.probe_path asks the inference server, and with rollout.replay_from there is none; unset one of them",
+        )
         _require(
             not (isinstance(self.objective, SelfSft) and isinstance(self.teacher, OtherTeacher)),
             "objective SelfSft learns from the model's own answers: take a LiveTeacher, FrozenTeacher or EmaTeacher",

@@ -131,6 +131,11 @@ class Job:
             time.sleep(0.02)
         return code
 
+    def terminate(self) -> None:
+        """SIGTERM to every rank, as a cluster that wants its nodes back."""
+        for process in self._processes:
+            process.terminate()
+
     def kill(self) -> None:
         _kill(self._processes)
 

@@ -5,11 +5,20 @@ import json
 
 import numpy as np
 
+from opsd_megatron.config import DataConfig
 from opsd_megatron.data.records import Records
 from opsd_megatron.data.row_files import INDEX_FILE_FROM_BYTES, kept_beside
+from opsd_megatron.data.stream import RecordStream
 
 CONTEXT_FIELDS = ("system", "documents", "long_context")
 """What stands before the question in a student's prompt; a document given by reference counts by its reference."""
+
+
+def ordered_stream(records: Records, data: DataConfig, seed: int, dp_rank: int, dp_size: int) -> RecordStream:
+    """The records in the order in which a run of this configuration takes them."""
+    together = data.contexts_together if data.shuffle else 1
+    runs = runs_of_context(context_numbers(records), together) if together > 1 else None
+    return RecordStream(records, seed, data.shuffle, dp_rank, dp_size, runs)
 
 
 def context_numbers(records: Records) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 from opsd_megatron.config import Distill
 from opsd_megatron.losses.block import row_cross, stage
 from opsd_megatron.losses.chunked import ChunkedPass, Distribution, gradient_dtype, run_chunks
+from opsd_megatron.losses.correction import token_factors
 from opsd_megatron.losses.divergence import Comparison, compare, negative_logprob_gradient, scale_of
 from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.axis import Axis
@@ -34,7 +35,7 @@ class HeadResult:
     entropy: Float[Tensor, "rows"]
     """Of the student's distribution."""
     importance: Float[Tensor, "rows"]
-    """Factor of the sampled estimator: train/rollout probability ratio, capped; 1 at weight 0 and in other losses."""
+    """Factor by which the objective's correction weighs each row; 1 at weight 0."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ def distill_head(
     temperature: float,
     tp: Axis,
     vocab_size: int,
+    factors: Float[Tensor, "rows"] | None = None,
 ) -> HeadResult:
     """Sum over rows of weight times the distillation loss, from hidden states after the final norm.
 
-    full: the exact divergence, or that over `top_k` outcomes and the rest. sampled (OPSDL Eq. 3 and 4):
-    -sg(r A) log p(y) with A = log q(y) - log p(y) and r = min(p(y) / behaviour(y), importance_cap). `temperature`, the
-    rollouts', is that of both distributions where the objective has none of its own.
+    full: sg(r) times the exact divergence, or that over `top_k` outcomes and the rest. sampled (OPSDL Eq. 3 and 4):
+    -sg(r A) log p(y) with A = log q(y) - log p(y). r is `factors`, or, None, what the objective's correction by tokens
+    makes of p(y) / behaviour(y). `temperature`, the rollouts', is that of both distributions where the objective
+    has none of its own.
 
     The `vocab_size` tokens that both models know are columns of both heads; columns beyond are padding and never
     computed. Weights are this rank's shards; the student's says which tokens are on a rank, and the teacher's must
@@ -86,7 +89,8 @@ def distill_head(
     def score(rows: slice, logits: Sequence[Tensor], with_gradient: bool) -> Tensor:
         student_logits, teacher_logits = logits
         compared, write_gradient = compare(student_logits, teacher_logits, targets[rows], shard, objective, compiled)
-        values, factor = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows])
+        given = None if factors is None else factors[rows]
+        values, factor = _weigh(compared, objective, weights[rows], behaviour_logprobs[rows], given)
         if with_gradient:
             write_gradient(factor / student_temperature)
         return values
@@ -100,19 +104,18 @@ def distill_head(
 
 
 def _weigh(
-    compared: Comparison, objective: Distill, weights: Tensor, behaviour_logprobs: Tensor
+    compared: Comparison, objective: Distill, weights: Tensor, behaviour_logprobs: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Quantities of each row with its loss first, and the factor of its gradient."""
     advantage = compared.teacher_logprob - compared.student_logprob
-    importance = torch.ones_like(advantage)
+    importance = given
+    if importance is None:
+        log_ratio = compared.student_logprob - behaviour_logprobs
+        importance = token_factors(objective.used_correction, log_ratio, weights)
     if objective.estimator == "full":
-        scale = weights
+        scale = weights * importance
         loss = scale * compared.divergence
     else:
-        if objective.importance_cap is not None:
-            ratio = (compared.student_logprob - behaviour_logprobs).exp().clamp(max=objective.importance_cap)
-            # a token that nobody sampled may have any log-prob, or NaN
-            importance = torch.where(weights == 0, 1, ratio)
         scale = weights * importance * advantage
         loss = -scale * compared.student_logprob
     return torch.stack([loss, *compared, advantage, importance]), scale

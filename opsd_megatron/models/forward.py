@@ -33,8 +33,8 @@ def run_schedule(
     `shards` are this cp rank's parts of all microbatches; tp ranks and pipeline stages of one cp rank pass the same.
     `chunks` may be wrapped in Megatron's DDP. On the last stage `on_hidden(microbatch, hidden [local_tokens, hidden])`
     is called, with hidden states after the final norm, equal on all tp ranks. In training it returns (loss, count,
-    metrics): the sum of this rank's token losses, the number of tokens in it, and tensors to report; what is kept of
-    the metrics is a detached copy, because the schedule writes into the loss's memory. Gradients are summed over
+    metrics, ...): the sum of this rank's token losses, their number, and tensors to report; what is kept of these is a
+    detached copy, because the schedule writes into the loss's memory. Gradients are summed over
     microbatches, and core's `finalize_model_grads_func`, if set, divides by the count of all ranks.
     """
     if not shards or len(shards) % microbatch_multiple(mesh):
@@ -75,7 +75,7 @@ def _loss_function(index: int, mesh: Mesh, on_hidden: OnHidden):
         result = on_hidden(index, full_hidden(output, mesh))
         if non_loss_data:
             return result
-        loss, count, metrics = result
+        loss, count, metrics = result[:3]
         kept = {name: value.detach().clone() for name, value in metrics.items()}
         return loss, torch.as_tensor(count, dtype=torch.int, device=loss.device), kept
 

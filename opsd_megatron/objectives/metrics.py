@@ -3,6 +3,7 @@
 A flat dict of 0-dim float64 tensors, whose keys are the same on every rank that computes them:
     sum/NAME and count/NAME      NAME is their quotient; left out of the result where count is 0
     square/NAME beside the two   NAME is sum^2 / (count * square): the effective share of weighted samples
+    log/NAME and count/NAME      NAME is exp of their quotient: a geometric mean
     max/NAME                     NAME is the maximum, which ranks combine by max instead of by sum; -inf is "none"
 """
 
@@ -18,6 +19,8 @@ from opsd_megatron.types import Rollout
 
 MetricSums = dict[str, Tensor]
 
+LARGEST_EXPONENT = 700.0
+"""exp of it is finite in float64."""
 POSITION_BUCKETS = ((0, 0), (1, 3), (4, 15), (16, 63), (64, None))
 """First and last response position of each bucket; None is open."""
 
@@ -26,6 +29,11 @@ def mean_of(name: str, values: Tensor, among: Tensor) -> MetricSums:
     """NAME as the mean of `values` (numbers or truths) where `among` is true."""
     # selecting with where instead of an index: an index makes a GPU wait for its host
     return {f"sum/{name}": torch.where(among, values.double(), 0).sum(), f"count/{name}": among.sum().double()}
+
+
+def geometric_mean_of(name: str, logs: Tensor, among: Tensor) -> MetricSums:
+    """NAME as exp of the mean of `logs` where `among` is true."""
+    return {f"log/{name}": torch.where(among, logs.double(), 0).sum(), f"count/{name}": among.sum().double()}
 
 
 def max_of(name: str, values: Tensor, among: Tensor) -> MetricSums:
@@ -80,6 +88,8 @@ def finish_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
         kind, name = key.split("/", 1)
         if kind == "max" and value > -math.inf:
             numbers[name] = value
+        elif kind == "log" and (count := totals[f"count/{name}"]):
+            numbers[name] = math.exp(min(value / count, LARGEST_EXPONENT))
         elif kind == "sum" and (count := totals[f"count/{name}"]):
             square = totals.get(f"square/{name}")
             numbers[name] = value / count if square is None else value**2 / (count * square)

@@ -1,5 +1,7 @@
 """What an objective is: something that turns this rank's response rows into a loss, its count and metric sums."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -18,6 +20,8 @@ class LossSums(NamedTuple):
     """Response tokens with a weight above 0."""
     metric_sums: MetricSums
     """Detached; the same keys whatever the rows."""
+    token_values: Mapping[str, Float[Tensor, "rows"]] = MappingProxyType({})
+    """Detached, of each row, for people to look at."""
 
 
 @runtime_checkable

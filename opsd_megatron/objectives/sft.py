@@ -54,4 +54,4 @@ class SftObjective:
             **mean_of("student/logprob_nats", head.logprob, counted),
             **mean_of("student/entropy_nats", head.entropy, counted),
         }
-        return LossSums(head.loss_sum, int(counted.sum()), metric_sums)
+        return LossSums(head.loss_sum, int(counted.sum()), metric_sums, {"student_logprob": head.logprob})

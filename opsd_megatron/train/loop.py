@@ -10,6 +10,7 @@ from opsd_megatron.train.layout import lay_out
 from opsd_megatron.train.optimizer import apply_gradients, learning_rate
 from opsd_megatron.train.run import Run
 from opsd_megatron.train.step import score_responses, student_pass
+from opsd_megatron.train.token_values import TokenValues
 
 
 def fit(config: RunConfig, watch: Callable[[Mesh], AbstractContextManager] = nullcontext) -> int:
@@ -21,10 +22,13 @@ def fit(config: RunConfig, watch: Callable[[Mesh], AbstractContextManager] = nul
         mesh, objective, teacher = run.mesh, run.objective, run.teacher
         while run.step < config.steps and not run.stop_requested():
             clock = Clock()
+            run.feed.settle()  # overlapped, the server may still be busy with this step's prompts
+            clock.lap("time/settle_s")
+
             run.publish()  # the weights that answer
             clock.lap("time/publish_s")
 
-            rollouts = run.sample()  # the student answers under its own (long) prompt
+            rollouts = run.sample()  # the student answers under its own (long) prompt; overlapped, one step ahead
             clock.lap("time/rollout_s")
 
             layout = lay_out(rollouts, mesh, config.batch, run.architecture.pair_cost)
@@ -32,8 +36,10 @@ def fit(config: RunConfig, watch: Callable[[Mesh], AbstractContextManager] = nul
             clock.lap("time/teacher_s")
 
             run.zero_gradients()
-            sums = student_pass(run.chunks, layout, objective, teacher_hidden, teacher.head_weight(), mesh)
+            kept = TokenValues() if config.rollout.record_to else None
+            sums = student_pass(run.chunks, layout, objective, teacher_hidden, teacher.head_weight(), mesh, kept)
             values = run.reduce_metrics(rollouts, sums)
+            run.keep(rollouts, kept)
             clock.lap("time/student_s")
 
             rate = learning_rate(config.optimizer, run.step, config.steps)

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opsd_megatron.config import LogConfig, RunConfig
 from opsd_megatron.errors import ConfigError
+from opsd_megatron.parallel.axis import Axis
+from opsd_megatron.rollout.recording import RecordedRollout, write_step
+from opsd_megatron.types import Rollout
 
 PACKAGES = ("opsd-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "safetensors", "numpy")
 
@@ -54,6 +57,30 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def record_rollouts(
+    config: RunConfig,
+    vocabulary: str,
+    step: int,
+    dp: Axis,
+    rollouts: Sequence[Rollout],
+    values: Mapping[str, Sequence[float]],
+) -> None:
+    """This replica's file of the step in `rollout.record_to`; `values` are columns over all response tokens."""
+    directory = config.rollout.record_to
+    assert directory is not None
+    about = {
+        "temperature": config.rollout.temperature,
+        "tokenizer": str(config.model.path),
+        "vocabulary": vocabulary,
+    }
+    rows, start = [], 0
+    for rollout in rollouts:
+        end = start + len(rollout.token_ids)
+        rows.append(RecordedRollout(rollout, {name: tuple(column[start:end]) for name, column in values.items()}))
+        start = end
+    write_step(directory, step, dp.rank, dp.size, about, rows)
 
 
 class RunRecord:

@@ -10,10 +10,9 @@ from opsd_megatron.checkpoint.live_export import save_hf
 from opsd_megatron.checkpoint.model_weights import load_weights
 from opsd_megatron.checkpoint.training_state import load_state, save_state
 from opsd_megatron.config import Distill, FrozenTeacher, RunConfig
-from opsd_megatron.data.contexts import context_numbers, runs_of_context
-from opsd_megatron.data.pairs import build_pair
+from opsd_megatron.data.contexts import ordered_stream
+from opsd_megatron.data.pairs import build_prompt
 from opsd_megatron.data.records import read_records
-from opsd_megatron.data.stream import RecordStream
 from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.errors import ConfigError, ServerError, UserError
 from opsd_megatron.models.architecture import read_architecture
@@ -23,19 +22,22 @@ from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
 from opsd_megatron.parallel.mesh import build_mesh
 from opsd_megatron.parallel.reduce import broadcast_object
-from opsd_megatron.rollout.backend import HalfUpdated, UpdateLost
+from opsd_megatron.rollout.backend import RolloutBackend, WrongWeightVersion
 from opsd_megatron.train.colocated import Turns, put_to_sleep
+from opsd_megatron.train.feed import LiveFeed, ReplayFeed
+from opsd_megatron.train.mismatch import MismatchGuard, require_comparable, staleness_metrics
 from opsd_megatron.train.optimizer import make_trainable
 from opsd_megatron.train.parking import park_training
 from opsd_megatron.train.progress import ProgressLine
-from opsd_megatron.train.record import RunRecord, describe_run
+from opsd_megatron.train.record import RunRecord, describe_run, record_rollouts
 from opsd_megatron.train.sampling import Sampling
+from opsd_megatron.train.serving import PUBLISH_ATTEMPTS, Serving
 from opsd_megatron.train.stop import StopSignal
 from opsd_megatron.train.teacher import make_teacher
+from opsd_megatron.train.token_values import TokenValues
 from opsd_megatron.train.weight_sync import Publisher, version_name
-from opsd_megatron.types import PromptPair, Rollout
+from opsd_megatron.types import Rollout
 
-PUBLISH_ATTEMPTS = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,11 +53,15 @@ class Run:
         self.tokenizer = load_tokenizer(config.model.path)
         self._check_vocabulary()
         self.records = read_records(config.data.path)
-        self.stream = self._stream()
-        self.sampling = Sampling(config, self.tokenizer, self.mesh)
-        sender = self.sampling.backend if self.mesh.world.rank == 0 else None
+        stream = ordered_stream(self.records, config.data, config.seed, self.mesh.dp.rank, self.mesh.dp.size)
+        if config.rollout.replay_from is None:
+            self.sampling = Sampling(config, self.tokenizer, self.mesh)
+            self.feed = LiveFeed(config, self.records, stream, self.tokenizer, self.sampling, self.mesh)
+        else:
+            self.sampling, self.feed = None, ReplayFeed(config, stream, self.tokenizer, self.mesh)
+        sender = self.sampling.backend if self.sampling and self.mesh.world.rank == 0 else None
         if config.rollout.colocated:
-            put_to_sleep(sender)
+            put_to_sleep(sender)  # it holds the memory that the model is about to take
         dtype = DTYPES[config.model.dtype]
         modules = build_model(self.architecture, self.mesh, dtype, config.model.recompute, config.model.attention)
         load_weights(modules, self.architecture, config.model.path, self.mesh)
@@ -63,15 +69,25 @@ class Run:
             config.teacher, modules, self.architecture, self.tokenizer, self.mesh, dtype
         )
         self.chunks, self.optimizer = make_trainable(modules, self.mesh, config.optimizer, dtype)
-        self.objective = build_objective(config.objective, config.rollout.temperature, self.mesh.tp, vocab_size)
+        self.objective = build_objective(
+            config.objective, config.rollout.temperature, self.mesh.tp, self.mesh.cp, vocab_size
+        )
         self.on_policy = isinstance(config.objective, Distill)
         self.step = self._resume()
-        self.publisher = Publisher(config.rollout, self.architecture, self.mesh, sender)
-        self.turns = None
+        self.serving = self._serve(sender)
+
+    def _serve(self, sender: RolloutBackend | None) -> Serving | None:
+        """None where rollouts are replayed."""
+        config = self.config
+        if self.sampling is None:
+            return None
+        turns = None
         if config.rollout.colocated:
             others = self.teacher.chunks if isinstance(self.teacher, OtherTeacher) else []
-            self.turns = Turns(sender, park_training(self.chunks, self.optimizer, others, self.mesh.device))
-        self._served: str | None = None  # the server may have restarted, or be serving another checkpoint
+            turns = Turns(sender, park_training(self.chunks, self.optimizer, others, self.mesh.device))
+        publisher = Publisher(config.rollout, self.architecture, self.mesh, sender)
+        guard = MismatchGuard(config.mismatch, self._probe_tokens(), self.architecture.vocab_size, self.mesh)
+        return Serving(self.chunks, self.sampling, self.feed, publisher, turns, guard)
 
     def __enter__(self) -> "Run":
         self._stop = StopSignal()
@@ -85,8 +101,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Whatever ended the run: a checkpoint where the state is whole, and nothing left running."""
         if kind is None or issubclass(kind, ServerError):
-            if self.turns is not None:
-                self.turns.rescue()
+            if self.serving is not None:
+                self.serving.rescue()
             self._save_if_new()
         if kind is None and self.config.checkpoint.export_hf and self.step >= self.config.steps:
             self._export()
@@ -94,31 +110,31 @@ class Run:
             self._record.close()
         if self._progress is not None:
             self._progress.close()
-        self.publisher.close()
-        self.sampling.close()
+        if self.serving is not None:
+            self.serving.close()
         self._stop.restore()
 
-    def next_pairs(self) -> list[PromptPair]:
-        """This replica's prompts of the next step; the same on all its ranks."""
-        data = self.config.data
-        return [
-            build_pair(self.records[number], data.template, self.tokenizer, data.student_tokens, data.teacher_tokens)
-            for number in self.stream.next_batch(self.config.batch.prompts_per_step)
-        ]
-
     def sample(self) -> list[Rollout]:
-        """This replica's rollouts, from weights of this very step; a server that lost them gets them again."""
-        position = self.stream.state_dict()
-        try:
-            pairs = self.next_pairs()
-            while (rollouts := self.sampling.sample(pairs, self.step, self.rollout_version)) is None:
-                self._served = None
-                self.publish()
-        except UserError:
-            self.stream.load_state_dict(position)  # the step was not taken: a resumed run takes it again
-            raise
-        if self.turns is not None:
-            self.turns.to_trainer()
+        """This replica's rollouts of this step; a server that lost the weights gets them again.
+
+        Overlapped, they were asked for one step ago, and the server begins with the next step's.
+        """
+        attempts_left = PUBLISH_ATTEMPTS
+        while (rollouts := self.feed.take(self.step, self.rollout_version)) is None:
+            if self.serving is None or not attempts_left:
+                raise WrongWeightVersion(
+                    f"the servers were given weights {self.rollout_version} {PUBLISH_ATTEMPTS} times and still answer "
+                    "from others; does another run publish to them?"
+                )
+            attempts_left -= 1
+            self.serving.forget()
+            self.publish()
+        if self.on_policy:
+            require_comparable(rollouts, self.config.rollout.temperature)
+        if self.config.rollout.overlap == "one_step_off" and self.step + 1 < self.config.steps:
+            self.feed.ask_ahead(self.step + 1, self.rollout_version)
+        elif self.serving is not None:
+            self.serving.to_trainer()
         return rollouts
 
     @property
@@ -129,37 +145,15 @@ class Run:
         return "teacher" if isinstance(self.config.teacher, FrozenTeacher) else f"teacher-{self.step}"
 
     def publish(self) -> None:
-        """The weights that this step's rollouts come from, to the inference server, unless it has them already."""
-        if self._is_served(self.rollout_version):
-            return
-        with nullcontext() if self.on_policy else self.teacher.active():
-            self._send(self.rollout_version)
+        """The weights that this step's rollouts come from, to the inference servers, unless all have them already."""
+        if self.serving is not None:
+            with nullcontext() if self.on_policy else self.teacher.active():
+                self.serving.publish(self.rollout_version, is_student=self.on_policy)
 
     def publish_student(self) -> None:
-        """The weights that the run ends with, so that the server can be asked about them."""
-        if not self._is_served(version_name(self.step)):
-            self._send(version_name(self.step))
-
-    def _is_served(self, version: str) -> bool:
-        """A server that has slept has lost everything."""
-        return self._served == version and (self.turns is None or self.turns.turn == "server")
-
-    def _send(self, version: str) -> None:
-        """Again from the start where the server restarted in between."""
-        turns = self.turns
-        value_of = turns.parking.value_of if turns else None
-
-        def publish() -> None:
-            self.publisher.publish(self.chunks, version, value_of)
-
-        for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
-            try:
-                turns.to_server(publish) if turns else publish()
-                self._served = version
-                return
-            except (UpdateLost, HalfUpdated):
-                if not attempts_left:
-                    raise
+        """The weights that the run ends with, so that the servers can be asked about them."""
+        if self.serving is not None:
+            self.serving.publish(version_name(self.step), is_student=True)
 
     def zero_gradients(self) -> None:
         for chunk in self.chunks:
@@ -173,7 +167,7 @@ class Run:
             on_device = {name: value.to(self.mesh.device) for name, value in sums.items()}
             values = finish_metrics(reduce_metrics(on_device, self.mesh.dp_cp))
         values = broadcast_object(values, self.mesh.pp, self.mesh.pp.size - 1)
-        about = rollout_metrics(rollouts, self.tokenizer.eos_ids)
+        about = rollout_metrics(rollouts, self.tokenizer.eos_ids) | staleness_metrics(rollouts, self.step)
         about = {name: value.to(self.mesh.device) for name, value in about.items()}
         values |= finish_metrics(reduce_metrics(about, self.mesh.dp))
         if not math.isfinite(values["loss/per_token"]):
@@ -183,18 +177,29 @@ class Run:
             )
         return values
 
+    def keep(self, rollouts: list[Rollout], kept: TokenValues | None) -> None:
+        """Writes the step's rollouts with what was computed of their tokens, where they are recorded."""
+        if kept is None:
+            return
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        values = kept.whole(tokens, self.mesh)
+        if self.mesh.replica.rank == 0:
+            record_rollouts(self.config, self.tokenizer.fingerprint, self.step + 1, self.mesh.dp, rollouts, values)
+
     def finish_step(self, values: Mapping[str, float]) -> None:
         """Counts, shows, records and, when due, probes and saves."""
         log, every = self.config.log, self.config.checkpoint.every_steps
         values = dict(values)
-        if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
-            self.publish_student()
-            values |= self.sampling.probe()
-            if self.turns is not None:
-                self.turns.to_trainer()
+        if self.serving is not None:
+            values |= self.serving.take_values()
+            if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
+                self.publish_student()
+                values |= self.serving.probe_lengths()
         if self._record is not None and self._progress is not None:
             self._record.write(self.step, values)
             self._progress.show(self.step, values)
+        if self.serving is not None:
+            self.serving.guard.watch(self.step, values)
         if every and self.step % every == 0:
             self._save_if_new()
 
@@ -209,11 +214,10 @@ class Run:
                 f"{self.architecture.vocab_size}; they do not belong together"
             )
 
-    def _stream(self) -> RecordStream:
-        data, dp = self.config.data, self.mesh.dp
-        together = data.contexts_together if data.shuffle else 1
-        runs = runs_of_context(context_numbers(self.records), together) if together > 1 else None
-        return RecordStream(self.records, self.config.seed, data.shuffle, dp.rank, dp.size, runs)
+    def _probe_tokens(self) -> tuple[int, ...]:
+        data = self.config.data
+        prompt = build_prompt(self.records[0], "student", data.template, self.tokenizer, data.student_tokens)
+        return prompt.token_ids
 
     def _resume(self) -> int:
         self._saved_step = -1
@@ -228,7 +232,7 @@ class Run:
         )
         if restored is None:
             return 0
-        self.stream.load_state_dict(restored.extra["stream"])
+        self.feed.load_state(restored.extra | {"step": restored.step})
         self._saved_step = restored.step
         return restored.step
 
@@ -243,7 +247,7 @@ class Run:
             self.mesh,
             optimizer=self.optimizer,
             teacher=self.teacher.tensors(),
-            extra={"stream": self.stream.state_dict()},
+            extra=self.feed.state(),
             keep=self.config.checkpoint.keep,
         )
         self._saved_step = self.step

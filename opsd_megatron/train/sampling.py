@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from opsd_megatron.checkpoint.agreement import raise_on_all
@@ -32,8 +33,15 @@ class Sampling:
                 problem = error
         raise_on_all(problem)
         self._probe_records = _probe_records(config.log) if mesh.world.rank == 0 else []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
+        self._asked: Future[list[Rollout]] | None = None
 
-    def sample(self, pairs: Sequence[PromptPair], step: int, version: str) -> list[Rollout] | None:
+    def ask(self, pairs: Sequence[PromptPair], step: int, version: str) -> None:
+        """The server begins to answer; `answer` must be called before the next `ask`."""
+        if self.backend is not None:
+            self._asked = self._thread.submit(self._ask, pairs, self.backend, step, version)
+
+    def answer(self) -> list[Rollout] | None:
         """This replica's rollouts, on all its ranks; None on every rank of the run where a server had other weights.
 
         A server that is down is waited for (`rollout.retry_s`); what it cannot recover from is raised on every rank.
@@ -41,9 +49,9 @@ class Sampling:
         rollouts: list[Rollout] = []
         problem: Exception | None = None
         has_wrong_weights = False
-        if self.backend is not None:
+        if self._asked is not None:
             try:
-                rollouts = self._ask(pairs, self.backend, step, version)
+                rollouts = self._asked.result()
             except WrongWeightVersion:
                 has_wrong_weights = True
             except Exception as error:
@@ -72,6 +80,7 @@ class Sampling:
     def close(self) -> None:
         if self.backend is not None:
             self.backend.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, pairs: Sequence[PromptPair], backend: RolloutBackend, step: int, version: str) -> list[Rollout]:
         config, stops = self._config, self._tokenizer.eos_ids

@@ -12,6 +12,7 @@ from opsd_megatron.objectives.metrics import MetricSums, add_metrics
 from opsd_megatron.objectives.objective import Objective
 from opsd_megatron.parallel.mesh import Mesh
 from opsd_megatron.train.layout import StepLayout
+from opsd_megatron.train.token_values import TokenValues
 
 
 def score_responses(teacher: Teacher, layout: StepLayout, mesh: Mesh) -> list[Float[Tensor, "head_rows hidden"]] | None:
@@ -34,22 +35,27 @@ def student_pass(
     teacher_hidden: list[Tensor] | None,
     teacher_weight: Tensor | None,
     mesh: Mesh,
+    kept: TokenValues | None = None,
 ) -> MetricSums:
     """Forward and backward of all microbatches; leaves the gradient of the global mean in the main gradients.
 
-    Returns this rank's metric sums over its microbatches on the last stage, nothing elsewhere.
+    Returns this rank's metric sums over its microbatches on the last stage, nothing elsewhere. `kept` is given the
+    values of single tokens.
     """
 
     def loss_of(index: int, hidden: Tensor):
         microbatch = layout.student[index]
         rows = microbatch.to_head.move(hidden[microbatch.shard.rows])
-        return objective.loss(
+        share = objective.loss(
             rows,
             head_weight(chunks[-1]),
             None if teacher_hidden is None else teacher_hidden[index],
             teacher_weight,
             layout.table.select(microbatch.responses),
         )
+        if kept is not None:
+            kept.add(microbatch.responses, share.token_values)
+        return share
 
     shards = [microbatch.shard for microbatch in layout.student]
     total: MetricSums = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd_megatron.config import Distill
+from opsd_megatron.config import Distill, NoCorrection, TokenMask, TokenTis
 
 OBJECTIVES = {
     "full reverse": Distill(),
@@ -14,8 +14,11 @@ OBJECTIVES = {
     "top 5 reverse": Distill(top_k=5),
     "top 5 forward": Distill(direction="forward", top_k=5),
     "two temperatures": Distill(student_temperature=0.8, teacher_temperature=1.7),
+    "full token tis": Distill(correction=TokenTis(1.5)),
+    "forward token mask": Distill(direction="forward", correction=TokenMask(0.3, 4.0)),
+    "sampled token mask": Distill(estimator="sampled", correction=TokenMask()),
     "sampled": Distill(estimator="sampled"),
-    "sampled without importance": Distill(estimator="sampled", importance_cap=None),
+    "sampled without importance": Distill(estimator="sampled", correction=NoCorrection()),
 }
 
 
@@ -102,19 +105,26 @@ def dense_distillation(problem: Problem, objective: Distill) -> DenseResult:
     student_logprob, teacher_logprob = log_p.gather(1, of_target)[:, 0], log_q.gather(1, of_target)[:, 0]
     divergence = dense_divergence(log_p, log_q, objective)
     weights = problem.weights.double()
+    ratio = (student_logprob.detach() - problem.behaviour_logprobs.double()).exp()
+    weighted = weights * dense_factors(ratio, objective.used_correction)
     if objective.estimator == "full":
-        loss_sum = (weights * divergence).sum()
+        loss_sum = (weighted * divergence).sum()
     else:
         advantage = (teacher_logprob - student_logprob).detach()
-        ratio = (student_logprob.detach() - problem.behaviour_logprobs.double()).exp()
-        cap = objective.importance_cap
-        importance = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
-        loss_sum = -(weights * importance * advantage * student_logprob).sum()
+        loss_sum = -(weighted * advantage * student_logprob).sum()
     gradients = torch.autograd.grad(loss_sum, (hidden, weight))
     reverse_kl = dense_divergence(log_p, log_q, Distill())
     entropy = -(log_p.exp() * log_p).sum(-1)
     rows = (divergence, reverse_kl, student_logprob, teacher_logprob, entropy)
     return DenseResult(loss_sum.detach(), *(row.detach() for row in rows), *gradients)
+
+
+def dense_factors(ratio: Tensor, correction) -> Tensor:
+    if isinstance(correction, NoCorrection):
+        return torch.ones_like(ratio)
+    if hasattr(correction, "cap"):
+        return ratio.clamp(max=correction.cap)
+    return ratio * (ratio >= correction.low) * (ratio <= correction.high)
 
 
 def dense_divergence(log_p: Tensor, log_q: Tensor, objective: Distill) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_megatron.config import Distill
+from opsd_megatron.config import Distill, NoCorrection, TokenTis
 from tests.losses.dense import OBJECTIVES, Problem, make_problem
 from tests.losses.runs import gradients, run_cross_entropy, run_head, with_leaves
 
@@ -31,10 +31,10 @@ def every_token_of_one_row(weight_of_token, behaviour_of_token) -> Problem:
 def test_sampled_loss_has_the_expected_gradient_of_the_full_one(sampled_from):
     if sampled_from == "the student":
         tokens = every_token_of_one_row(lambda log_p, _: log_p.exp(), lambda log_p, _: log_p)
-        objective = Distill(estimator="sampled", importance_cap=None)
+        objective = Distill(estimator="sampled", correction=NoCorrection())
     else:
         tokens = every_token_of_one_row(lambda _, log_b: log_b.exp(), lambda _, log_b: log_b)
-        objective = Distill(estimator="sampled", importance_cap=1e9)
+        objective = Distill(estimator="sampled", correction=TokenTis(1e9))
     hidden_gradient, weight_gradient = gradients(tokens, run_head(tokens, objective).loss_sum)
 
     one = with_leaves(replace(make_problem(rows=1, vocab_size=40, held=40), weights=torch.ones(1)))

@@ -5,17 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_megatron.config import Distill, SelfSft
+from opsd_megatron.config import Distill, NoCorrection, SelfSft
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.objectives.build import build_objective
-from opsd_megatron.objectives.distill import DistillObjective, mismatch_metrics
+from opsd_megatron.objectives.distill import DistillObjective
 from opsd_megatron.objectives.metrics import add_metrics, finish_metrics
+from opsd_megatron.objectives.mismatch import mismatch_metrics
 from opsd_megatron.objectives.objective import LossSums
 from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.types import ResponseTable
-from tests.losses.dense import OBJECTIVES, Problem, dense_distillation, make_problem
+from tests.losses.dense import OBJECTIVES, Problem, dense_distillation, dense_factors, make_problem
 
-TP = Axis.single("tp")
+TP, CP = Axis.single("tp"), Axis.single("cp")
 
 
 def responses_of(problem: Problem) -> ResponseTable:
@@ -30,7 +31,7 @@ def responses_of(problem: Problem) -> ResponseTable:
 
 
 def loss_of_rows(problem: Problem, config: Distill, rows: slice) -> LossSums:
-    objective = DistillObjective(config, problem.temperature, TP, problem.vocab_size)
+    objective = DistillObjective(config, problem.temperature, TP, CP, problem.vocab_size)
     index = torch.arange(len(problem.targets))[rows]
     return objective.loss(
         problem.student_hidden[index],
@@ -63,15 +64,17 @@ def test_metrics_equal_their_definitions_over_tokens_with_a_weight(name):
     own = {
         "full forward": "loss/forward_kl_nats",
         "full jsd": "loss/jsd_nats",
+        "forward token mask": "loss/forward_kl_nats",
         "top 5 reverse": "loss/top_k_reverse_kl_nats",
         "top 5 forward": "loss/top_k_forward_kl_nats",
     }
     if name in own:
         expected[own[name]] = exact.divergence[counted].mean()
-    if name == "sampled":
+    if not isinstance(config.used_correction, NoCorrection):
         ratio = (exact.student_logprob - problem.behaviour_logprobs)[counted].exp()
-        expected["importance/mean"] = ratio.clamp(max=2).mean()
-        expected["importance/clipped_share"] = (ratio >= 2).double().mean()
+        factor = dense_factors(ratio, config.used_correction)
+        expected["importance/mean"] = factor.mean()
+        expected["importance/clipped_share"] = (factor != ratio).double().mean()
     assert share.count == counted.sum()
     for metric, value in expected.items():
         assert metrics.pop(metric) == pytest.approx(float(value), rel=1e-10), metric
@@ -122,12 +125,17 @@ def test_k3_mismatch_is_the_kl_from_server_to_trainer_in_expectation():
         float(ratio.sum() ** 2 / (20 * (ratio**2).sum()))
     )
     assert metrics["mismatch/logprob_abs_max_nats"] == pytest.approx(float((trainer - server).abs().max()))
+    assert metrics["mismatch/chi_square"] == pytest.approx(float((ratio**2).mean() - 1))
+    assert metrics["mismatch/clipped_share"] == pytest.approx(float((ratio >= 2).double().mean()))
+    perplexities = [(-logprobs[token].mean()).exp() for logprobs in (trainer, server)]
+    assert metrics["mismatch/perplexity_ratio"] == pytest.approx(float(perplexities[0] / perplexities[1]))
 
 
 def test_equal_log_probs_show_no_mismatch():
     logprobs = -torch.rand(9)
     metrics = finish_metrics(mismatch_metrics(logprobs, logprobs, torch.ones(9, dtype=torch.bool)))
     assert metrics.pop("mismatch/effective_sample_share") == pytest.approx(1.0)
+    assert metrics.pop("mismatch/perplexity_ratio") == 1.0
     assert set(metrics.values()) == {0.0}
 
 
@@ -142,7 +150,7 @@ def test_gradients_flow_through_the_objective_and_not_through_its_metrics():
 
 def test_distillation_without_a_teacher_is_refused():
     problem = make_problem()
-    objective = build_objective(Distill(), problem.temperature, TP, problem.vocab_size)
+    objective = build_objective(Distill(), problem.temperature, TP, CP, problem.vocab_size)
     with pytest.raises(ValueError, match="needs the teacher's hidden states"):
         objective.loss(problem.student_hidden, problem.student_weight, None, None, responses_of(problem))
 
@@ -163,6 +171,6 @@ def test_objectives_that_mean_nothing_are_refused(wrong):
 
 
 def test_self_sft_is_built_at_temperature_1_and_needs_no_teacher():
-    objective = build_objective(SelfSft(), 0.7, TP, 101)
+    objective = build_objective(SelfSft(), 0.7, TP, CP, 101)
     assert objective.temperature == 1.0 and not objective.needs_teacher
-    assert build_objective(Distill(), 0.7, TP, 101).needs_teacher
+    assert build_objective(Distill(), 0.7, TP, CP, 101).needs_teacher

@@ -116,7 +116,7 @@ def _parallel_step(
         rollout for number, rollout in enumerate(rollouts) if _replica(number, len(rollouts), mesh) == mesh.dp.rank
     ]
     layout = lay_out(share, mesh, batch)
-    head = build_objective(objective, 1.0, mesh.tp, vocab_size)
+    head = build_objective(objective, 1.0, mesh.tp, mesh.cp, vocab_size)
     teacher_hidden = score_responses(teacher, layout, mesh)
     for chunk in chunks:
         chunk.zero_grad_buffer()

@@ -55,7 +55,7 @@ def publish_by_each(root: Path, names: tuple[str, str], url: str, parallel: Para
         published = one.publish("second")
         seen.append((published and published.transport, one.backend and one.backend.checksum()))
         if one.backend is not None:
-            one.backend._token = one.backend._own.client.headers["Authorization"] = "wrong"
+            one.backend.http._tokens = {False: "wrong", True: "wrong"}
         try:
             one.publish("third")
             seen.append("published without a token")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_megatron.config import Distill, ParallelConfig
+from opsd_megatron.config import Distill, NoCorrection, ParallelConfig
 from tests.oracle import dense_step
 from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
@@ -11,7 +11,7 @@ from tests.train.parallel_step import make_rollouts, parallel_step
 
 OBJECTIVES = {
     "full": Distill(),
-    "sampled": Distill(estimator="sampled", importance_cap=None),
+    "sampled": Distill(estimator="sampled", correction=NoCorrection()),
     "forward": Distill(direction="forward"),
     "jsd": Distill(direction="jsd", jsd_beta=0.3),
 }

@@ -47,7 +47,7 @@ def gradients_on_rank(directory, rollouts, parallel: ParallelConfig, overlapped:
     )
     share = [one for number, one in enumerate(rollouts) if _replica(number, len(rollouts), mesh) == mesh.dp.rank]
     layout = lay_out(share, mesh, BATCH)
-    objective = build_objective(Distill(), 1.0, mesh.tp, architecture.vocab_size)
+    objective = build_objective(Distill(), 1.0, mesh.tp, mesh.cp, architecture.vocab_size)
     teacher_hidden = score_responses(teacher, layout, mesh)
     if forgets_embedding:  # as if the head's share were all of the gradient
         head_weight(chunks[-1]).register_hook(torch.zeros_like)

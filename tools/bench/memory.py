@@ -71,7 +71,7 @@ def train_one_step(case: Case, mesh: Mesh, begin: Callable[[str], None]) -> dict
     teacher = build_teacher(config.teacher, modules, mesh)
     chunks, optimizer = make_trainable(modules, mesh, config.optimizer, dtype)
     apply_gradients(optimizer, 0.0)
-    objective = build_objective(config.objective, config.rollout.temperature, mesh.tp, architecture.vocab_size)
+    objective = build_objective(config.objective, config.rollout.temperature, mesh.tp, mesh.cp, architecture.vocab_size)
     prompts = config.batch.prompts_per_step // mesh.dp.size
     rollouts = make_rollouts(config, prompts, architecture.vocab_size, seed=mesh.dp.rank)
     layout = lay_out(rollouts, mesh, config.batch, architecture.pair_cost)

@@ -53,7 +53,7 @@ def prepare_ours(settings: argparse.Namespace):
     other = OtherTeacher(settings.directory / "teacher")
     teacher, vocab_size = make_teacher(other, modules, architecture, load_tokenizer(path), mesh, dtype)
     chunks, optimizer = make_trainable(modules, mesh, OptimizerConfig(lr=LEARNING_RATE), dtype)
-    objective = build_objective(Distill(), 1.0, mesh.tp, vocab_size)
+    objective = build_objective(Distill(), 1.0, mesh.tp, mesh.cp, vocab_size)
     context, responses = draw_tokens(settings)
     rollouts = [make_rollout(context, response, number) for number, response in enumerate(responses)]
     budget = settings.context + settings.responses * settings.response_tokens
