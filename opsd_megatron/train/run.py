@@ -22,7 +22,7 @@ from opsd_megatron.objectives.build import build_objective
 from opsd_megatron.objectives.metrics import MetricSums, finish_metrics, reduce_metrics, rollout_metrics
 from opsd_megatron.parallel.mesh import build_mesh
 from opsd_megatron.parallel.reduce import broadcast_object
-from opsd_megatron.rollout.backend import UpdateLost
+from opsd_megatron.rollout.backend import UpdateLost, WrongWeightVersion
 from opsd_megatron.train.optimizer import make_trainable
 from opsd_megatron.train.progress import ProgressLine
 from opsd_megatron.train.record import RunRecord, describe_run
@@ -66,6 +66,8 @@ class Run:
         self._stop = StopSignal()
         is_first = self.mesh.world.rank == 0
         self._progress = ProgressLine(self.config.steps, self.step, self.config.log.progress) if is_first else None
+        if self._progress is not None:
+            self.sampling.report_to(self._progress.show_rollouts)
         description = describe_run(self.config, self.mesh.describe())
         directory = self.config.checkpoint.directory
         self._record = RunRecord(directory, description, self.config.log, self.step) if is_first else None
@@ -97,7 +99,14 @@ class Run:
         position = self.stream.state_dict()
         try:
             pairs = self.next_pairs()
+            attempts_left = PUBLISH_ATTEMPTS
             while (rollouts := self.sampling.sample(pairs, self.step, self.rollout_version)) is None:
+                if not attempts_left:
+                    raise WrongWeightVersion(
+                        f"the servers were given weights {self.rollout_version} {PUBLISH_ATTEMPTS} times and still "
+                        "answer from others; does another run publish to them?"
+                    )
+                attempts_left -= 1
                 self._served = None
                 self.publish()
         except UserError:
@@ -113,8 +122,8 @@ class Run:
         return "teacher" if isinstance(self.config.teacher, FrozenTeacher) else f"teacher-{self.step}"
 
     def publish(self) -> None:
-        """The weights that this step's rollouts come from, to the inference server, unless it has them already."""
-        if self._served == self.rollout_version:
+        """The weights that this step's rollouts come from, to the inference servers, unless all have them already."""
+        if self._served == self.rollout_version and not self.sampling.has_stale_servers():
             return
         with nullcontext() if self.on_policy else self.teacher.active():
             self._send(self.rollout_version)
@@ -160,7 +169,7 @@ class Run:
     def finish_step(self, values: Mapping[str, float]) -> None:
         """Counts, shows, records and, when due, probes and saves."""
         log, every = self.config.log, self.config.checkpoint.every_steps
-        values = dict(values)
+        values = dict(values) | self.sampling.values
         if log.probe_path and log.probe_every_steps and self.step % log.probe_every_steps == 0:
             self.publish_student()
             values |= self.sampling.probe()

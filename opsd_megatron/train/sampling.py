@@ -1,11 +1,12 @@
 """A run's side of the inference server: which rank talks to it, what it is asked, what happens when it goes away."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from opsd_megatron.checkpoint.agreement import raise_on_all
-from opsd_megatron.config import Distill, LogConfig, RunConfig
+from opsd_megatron.config import Distill, LogConfig, RolloutConfig, RunConfig
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
 from opsd_megatron.errors import ConfigError
@@ -14,16 +15,24 @@ from opsd_megatron.parallel.mesh import Mesh
 from opsd_megatron.parallel.reduce import broadcast_object, gather_objects
 from opsd_megatron.rollout.backend import GenerateRequest, RolloutBackend, WrongWeightVersion
 from opsd_megatron.rollout.embedded import EmbeddedBackend
+from opsd_megatron.rollout.pool.options import PoolOptions
+from opsd_megatron.rollout.pool.servers import ServerPool
+from opsd_megatron.rollout.pool.status import metrics
 from opsd_megatron.rollout.sampler import sample_rollouts
 from opsd_megatron.types import PromptPair, Rollout
 
+RETRY_S = 1.0
+"""A failed call is repeated at the same server for so long; then it is the pool's turn."""
+
 
 class Sampling:
-    """The first rank of every replica is a client of the server; the others get their rollouts from it."""
+    """The first rank of every replica is a client of the servers; the others get their rollouts from it."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh):
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-        self.backend: EmbeddedBackend | None = None
+        self.backend: ServerPool | None = None
+        self.values: dict[str, float] = {}
+        """How the last sampling went, for the step's record; equal on every rank."""
         problem: Exception | None = None
         if mesh.replica.rank == 0:
             try:
@@ -34,15 +43,20 @@ class Sampling:
         self._probe_records = _probe_records(config.log) if mesh.world.rank == 0 else []
 
     def sample(self, pairs: Sequence[PromptPair], step: int, version: str) -> list[Rollout] | None:
-        """This replica's rollouts, on all its ranks; None on every rank of the run where a server had other weights.
+        """This replica's rollouts, on all its ranks; None on every rank of the run where no server had these weights.
 
-        A server that is down is waited for (`rollout.retry_s`); what it cannot recover from is raised on every rank.
+        Servers that are all down are waited for (`rollout.retry_s`); what cannot be recovered from is raised on every
+        rank.
         """
+        started = time.monotonic()
+        is_publisher = self.backend is not None and self._mesh.world.rank == 0
+        synced = broadcast_object(self.backend.synced() if self.backend and is_publisher else {}, self._mesh.world)
         rollouts: list[Rollout] = []
         problem: Exception | None = None
         has_wrong_weights = False
         if self.backend is not None:
             try:
+                self.backend.expect(version, synced)
                 rollouts = self._ask(pairs, self.backend, step, version)
             except WrongWeightVersion:
                 has_wrong_weights = True
@@ -51,7 +65,18 @@ class Sampling:
         raise_on_all(problem)
         if any(gather_objects(has_wrong_weights, self._mesh.world)):
             return None
+        self._measure(rollouts, time.monotonic() - started)
         return broadcast_object(rollouts, self._mesh.replica)
+
+    def has_stale_servers(self) -> bool:
+        """Whether a server waits for a publication to serve again; equal on every rank."""
+        mine = self.backend is not None and bool(self.backend.stale_servers())
+        return any(gather_objects(mine, self._mesh.world))
+
+    def report_to(self, report: Callable[[str], None]) -> None:
+        """`report` is given a line about the rollouts twice a second while they run."""
+        if self.backend is not None:
+            self.backend.report = report
 
     def probe(self) -> dict[str, float]:
         """Exact match by context length on the probe's records, asked greedily by rank 0; equal on every rank."""
@@ -73,6 +98,13 @@ class Sampling:
         if self.backend is not None:
             self.backend.close()
 
+    def _measure(self, rollouts: Sequence[Rollout], seconds: float) -> None:
+        masked = sum(not is_kept for rollout in rollouts for is_kept in rollout.loss_mask)
+        mine = (self.backend.take_counts(), masked) if self.backend is not None else None
+        parts = [part for part in gather_objects(mine, self._mesh.world) if part is not None]
+        self.values = metrics([counts for counts, _ in parts], seconds)
+        self.values["rollout/stale_tokens"] = float(sum(masked for _, masked in parts))
+
     def _ask(self, pairs: Sequence[PromptPair], backend: RolloutBackend, step: int, version: str) -> list[Rollout]:
         config, stops = self._config, self._tokenizer.eos_ids
         if isinstance(config.objective, Distill):
@@ -84,10 +116,10 @@ class Sampling:
         return [replace(rollout, pair=pair) for rollout, pair in zip(rollouts, originals, strict=True)]
 
 
-def connect(config: RunConfig, tokenizer: Tokenizer) -> EmbeddedBackend:
-    """A client of the configured server, once it is healthy and known to serve the same vocabulary.
+def connect(config: RunConfig, tokenizer: Tokenizer) -> ServerPool:
+    """The configured servers, once they are healthy and known to serve the same vocabulary.
 
-    ConfigError without a token in the environment; ServerError where nobody answers within `rollout.retry_s`.
+    ConfigError without a token in the environment; ServerError where none answers within `rollout.retry_s`.
     """
     rollout = config.rollout
     token = os.environ.get(rollout.token_variable)
@@ -96,12 +128,30 @@ def connect(config: RunConfig, tokenizer: Tokenizer) -> EmbeddedBackend:
             f"environment variable {rollout.token_variable} is empty; set it to the bearer token of the inference "
             f"server at {rollout.url} (rollout.token_variable names another variable)"
         )
-    backend = EmbeddedBackend(rollout.url, token, timeout_s=rollout.request_timeout_s, retry_s=rollout.retry_s)
-    backend.wait_until_healthy(rollout.retry_s)
-    check_same_vocabulary(
-        tokenizer.fingerprint, backend.tokenizer_info()["fingerprint"], f"the server at {rollout.url}"
+    options = pool_options(rollout)
+    prompt_tokens = max(config.data.student_tokens, config.data.teacher_tokens)
+    longest_s = options.timeout_s(prompt_tokens, rollout.max_response_tokens)
+    backends = {url: EmbeddedBackend(url, token, timeout_s=longest_s, retry_s=RETRY_S) for url in rollout.urls}
+
+    def check_vocabulary(backend: RolloutBackend) -> None:
+        if isinstance(backend, EmbeddedBackend):
+            found = backend.tokenizer_info()["fingerprint"]
+            check_same_vocabulary(tokenizer.fingerprint, found, f"the server at {backend.url}")
+
+    pool = ServerPool(backends, options, inspect=check_vocabulary)
+    pool.wait_until_healthy(rollout.retry_s)
+    return pool
+
+
+def pool_options(rollout: RolloutConfig) -> PoolOptions:
+    return PoolOptions(
+        request_s=rollout.request_timeout_s,
+        prefill_tokens_per_s=rollout.prefill_tokens_per_s,
+        decode_tokens_per_s=rollout.decode_tokens_per_s,
+        retry_s=rollout.retry_s,
+        max_outstanding_tokens=rollout.max_outstanding_tokens,
+        on_abort=rollout.on_abort,
     )
-    return backend
 
 
 def greedy(

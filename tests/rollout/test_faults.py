@@ -21,7 +21,7 @@ from opsd_megatron.rollout.pool.options import PoolOptions
 from opsd_megatron.rollout.pool.servers import ServerPool
 from opsd_megatron.rollout.process import ServerProcess
 from tests.rollout.faulty_proxy import Fault, Faults, proxied
-from tests.server.serving import NEW, OLD, TOKEN, requests, server_for, shared_root
+from tests.server.serving import NEW, OLD, TOKEN, largest_gap, requests, server_for, shared_root
 
 FAST = PoolOptions(
     request_s=20.0,
@@ -30,7 +30,7 @@ FAST = PoolOptions(
     breaker_s=0.3,
     breaker_max_s=1.0,
     health_s=0.4,
-    canary_s=3.0,
+    canary_s=10.0,
     poll_s=0.2,
 )
 VERSIONS = (f"step-{number}" for number in count())
@@ -106,7 +106,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         server.stop()
 
 
-SHORT = requests(8, n=2, max_tokens=8)
+SHORT = requests(6, n=2, max_tokens=6)
 LONG = requests(6, n=1, max_tokens=90)
 
 
@@ -231,8 +231,6 @@ def test_a_step_is_completed_when_all_servers_are_down_for_a_while(cluster, want
 
 
 def test_responses_aborted_by_a_pause_go_on_where_they_were(cluster, old_model):
-    from tests.server.serving import largest_gap
-
     with cluster.pool() as pool:
         running = cluster.begin(pool, LONG)
         while not pool.members[B].running:

@@ -27,6 +27,8 @@ from opsd_megatron.rollout.pool.status import Counts
 from opsd_megatron.rollout.pool.watch import Watch
 
 LONGEST_BACKOFF_S = 8.0
+SETTLE_S = 5.0
+"""The first requests of a batch wait so long for servers that are being looked at, to be shared among all of them."""
 Result = TypeVar("Result")
 
 
@@ -68,7 +70,7 @@ class Generation:
     async def run(self) -> list[GenerateResult]:
         """One result per request, in order; what `Watch` raises when no server can go on."""
         watching = asyncio.create_task(self._watch.run())
-        work = asyncio.gather(*(self._finish(number, request) for number, request in enumerate(self._requests)))
+        work = asyncio.create_task(self._finish_all())
         try:
             await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
             if watching.done() and not work.done():
@@ -78,6 +80,11 @@ class Generation:
             for task in (watching, work):
                 task.cancel()
             await asyncio.gather(watching, work, return_exceptions=True)
+
+    async def _finish_all(self) -> list[GenerateResult]:
+        await self._watch.settle(SETTLE_S)
+        finishing = (self._finish(number, request) for number, request in enumerate(self._requests))
+        return await asyncio.gather(*finishing)
 
     async def _finish(self, number: int, request: GenerateRequest) -> GenerateResult:
         unfinished = Unfinished(request, self._pool.options.on_abort)
@@ -92,28 +99,27 @@ class Generation:
 
     async def _answer(self, ask: _Ask) -> GenerateResult:
         """From the first server that gives a whole and valid reply."""
-        options, counts = self._pool.options, self._pool.counts
+        options = self._pool.options
         attempt, failed_since, avoid, refused = 0, None, set[Member](), set[Member]()
         while True:
             member, cost = await self._admit(ask, avoid | refused)
             try:
                 return await self._ask(member, ask, attempt)
-            except ServerRefused as error:
+            except ServerRefused:
                 refused.add(member)  # its limits may be narrower than another's; it is no fault of the server
                 if all(one in refused for one in self._pool.members if one.state == "ready"):
                     raise
-                counts.last_fault = error
-            except (ServerUnreachable, ServerUnauthorized, MalformedReply, WrongWeightVersion) as error:
+            except (ServerUnreachable, ServerUnauthorized, MalformedReply, WrongWeightVersion):
                 now = time.monotonic()
                 failed_since = failed_since or now
                 if now - failed_since > options.retry_s:
                     raise
-                counts.last_fault, avoid = error, {member}
+                avoid = {member}
             finally:
                 member.running -= 1
                 member.outstanding_tokens -= cost
                 self._watch.notify()
-            counts.retries += 1
+            self._pool.counts.retries += 1
             await asyncio.sleep(random.uniform(0, min(options.backoff_s * 2**attempt, LONGEST_BACKOFF_S)))
             attempt += 1
 
@@ -121,9 +127,9 @@ class Generation:
         """(a ready server with room, the tokens that this request takes of it)"""
         while True:
             ready = [member for member in self._pool.members if member.state == "ready"]
-            member = self._router.choose(ask.number, ask.tokens, ready, avoid)
-            if member is not None:
-                cost = self._router.cost(ask.number, ask.tokens, member)
+            place = self._router.choose(ask.number, ask.tokens, ready, avoid)
+            if place is not None:
+                member, cost = place
                 member.running += 1
                 member.outstanding_tokens += cost
                 return member, cost

@@ -12,32 +12,39 @@ SPILL = 2.0
 
 
 class Router:
-    """Remembers, for each group of prompts, the server that has their common tokens in its cache."""
+    """Remembers, for each group of prompts, the servers that have their common tokens in their cache: its homes."""
 
     def __init__(self, requests: Sequence[GenerateRequest]):
         self._group, self._shared = group_by_prefix([request.token_ids for request in requests])
-        self._homes: dict[int, Member] = {}
+        self._homes: dict[int, set[Member]] = {}
 
-    def choose(self, number: int, tokens: int, ready: Sequence[Member], avoid: Collection[Member]) -> Member | None:
-        """The server that should take request `number`, of `tokens` prompt and response tokens; None: wait for room."""
+    def choose(
+        self, number: int, tokens: int, ready: Sequence[Member], avoid: Collection[Member]
+    ) -> tuple[Member, int] | None:
+        """(server for request `number` of `tokens` prompt and response tokens, tokens that it adds there).
+
+        None: wait, no server has room, or the right one will. At home only the tokens that are not shared are added.
+        `avoid` are servers that failed this request; they are taken when there is no other.
+        """
         members = [member for member in ready if member not in avoid] or list(ready)
         if not members:
             return None
-        least = min(members, key=lambda member: member.outstanding_tokens)
-        group = self._group[number]
-        home = self._homes.get(group)
-        if home in members:
-            here = home.outstanding_tokens + self.cost(number, tokens, home)
-            if here <= SPILL * (least.outstanding_tokens + tokens):
-                return home if home.has_room(tokens) else None
-        else:
-            self._homes[group] = least
-        return least if least.has_room(tokens) else None
+        homes = self._homes.setdefault(self._group[number], set())
+        least = _least_busy(members)
+        chosen, cost = least, tokens
+        if homes & set(members):
+            home = _least_busy([member for member in members if member in homes])
+            added = tokens - self._shared[number]
+            if least in homes or home.outstanding_tokens + added <= SPILL * (least.outstanding_tokens + tokens):
+                chosen, cost = home, added
+        if not chosen.has_room(cost):
+            return None
+        homes.add(chosen)
+        return chosen, cost
 
-    def cost(self, number: int, tokens: int, member: Member) -> int:
-        """Tokens that this request adds there: at home, what it shares is in the cache and counted already."""
-        is_follower = self._homes.get(self._group[number]) is member and member.running > 0
-        return tokens - self._shared[number] if is_follower else tokens
+
+def _least_busy(members: Sequence[Member]) -> Member:
+    return min(members, key=lambda member: member.outstanding_tokens)
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

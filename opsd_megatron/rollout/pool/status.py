@@ -26,7 +26,6 @@ class Counts:
     evictions: int = 0
     waiting: int = 0
     """Requests for which no server has room now."""
-    last_fault: Exception | None = None
 
     def finish(self, result: GenerateResult) -> None:
         self.requests += 1

@@ -45,6 +45,12 @@ class Watch:
             for task in self._tasks:
                 task.cancel()
 
+    async def settle(self, limit_s: float) -> None:
+        """Returns when no server is left to be looked at, or after `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while any(one.state == "unknown" for one in self._members) and time.monotonic() < deadline:
+            await self.change()
+
     def notify(self) -> None:
         """Those who wait for room look again."""
         waiting, self._waiting = self._waiting, []
