@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -21,7 +22,8 @@ from opsd_megatron.rollout.pool.options import PoolOptions
 from opsd_megatron.rollout.pool.servers import ServerPool
 from opsd_megatron.rollout.process import ServerProcess
 from tests.rollout.faulty_proxy import Fault, Faults, proxied
-from tests.server.serving import NEW, OLD, TOKEN, largest_gap, requests, server_for, shared_root
+from tests.server.serving import NEW, OLD, TOKEN, largest_gap, load, requests, server_for
+from tests.tiny_models import write_tiny_model
 
 FAST = PoolOptions(
     request_s=20.0,
@@ -41,13 +43,14 @@ A, B = 0, 1
 class Cluster:
     """Two servers behind a proxy that spoils their traffic on demand."""
 
+    root: Path
     servers: list[ServerProcess]
     faults: Faults
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4))
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(shared_root() / OLD / "model.safetensors")
+        return safetensors.torch.load_file(self.root / OLD / "model.safetensors")
 
     def buckets(self, number: int = 2) -> list[dict[str, Tensor]]:
         names = sorted(self.weights)
@@ -90,18 +93,19 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    logs = tmp_path_factory.mktemp("faults")
-    limits = {"a": "2", "b": "1"}  # MiB in a bucket
+    root = tmp_path_factory.mktemp("faults")
+    for seed, name in enumerate((OLD, NEW)):  # 1.5 MiB of weights
+        write_tiny_model(root / name, "qwen3", seed=seed, max_position_embeddings=1024, intermediate_size=384)
     servers = []
-    for name, limit in limits.items():
-        (logs / name).mkdir()
-        servers.append(server_for(shared_root(), OLD, "exact", logs / name, "--max-bucket-mb", limit))
+    for name, limit_mb in {"a": "2", "b": "1"}.items():
+        (root / name).mkdir()
+        servers.append(server_for(root, OLD, "exact", root / name, "--max-bucket-mb", limit_mb))
     for server in servers:
         server.launch()
     for server in servers:
         server.wait_until_ready()
     with proxied([server.port for server in servers]) as faults:
-        yield Cluster(servers, faults)
+        yield Cluster(root, servers, faults)
     for server in servers:
         server.stop()
 
@@ -230,7 +234,7 @@ def test_a_step_is_completed_when_all_servers_are_down_for_a_while(cluster, want
         assert_whole(running.result(60), wanted["long"], pool.wanted)
 
 
-def test_responses_aborted_by_a_pause_go_on_where_they_were(cluster, old_model):
+def test_responses_aborted_by_a_pause_go_on_where_they_were(cluster):
     with cluster.pool() as pool:
         running = cluster.begin(pool, LONG)
         while not pool.members[B].running:
@@ -244,9 +248,10 @@ def test_responses_aborted_by_a_pause_go_on_where_they_were(cluster, old_model):
         assert pool.take_counts().resumed >= 1
         spans = [tuple(span.version for span in one.samples[0].version_spans) for one in results]
         assert (first, second) in spans
+        model = load(cluster.root / OLD)
         for request, result in zip(LONG, results, strict=True):
             assert len(result.samples[0].token_ids) == request.max_tokens
-            assert largest_gap(old_model, request, result.samples[0]) <= 1e-5
+            assert largest_gap(model, request, result.samples[0]) <= 1e-5
 
 
 def test_a_step_is_completed_when_one_server_is_killed_in_the_middle_of_an_update(cluster, wanted):
@@ -258,6 +263,7 @@ def test_a_step_is_completed_when_one_server_is_killed_in_the_middle_of_an_updat
         cluster.faults.set(A, Fault("cut", "/weights"))
         with pytest.raises(UpdateLost, match="publish again"):
             cluster.publish(pool)
+        cluster.faults.set(A, Fault("cut", "/"))
         threading.Timer(0.5, cluster.faults.set, (A, None)).start()
         cluster.publish(pool)  # waits for a server
         assert_whole(pool.generate(SHORT), wanted["short"], pool.wanted)

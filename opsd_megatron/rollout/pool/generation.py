@@ -149,10 +149,11 @@ class Generation:
             self._check(member, request, results)
             if member.is_tainted:
                 raise Interrupted(f"{member.name}: an update failed while {request.request_id} was open")
-        except Interrupted:
+        except (Interrupted, asyncio.CancelledError):
+            self._give_up(member, request)
             raise
         except TimeoutError:
-            self._pool.threads.submit(_give_up, member, request.request_id)
+            self._give_up(member, request)
             error = ServerUnreachable(f"{member.name} did not answer {request.request_id} within {limit_s:.1f} s")
             await self._count_failure(member, error)
             raise error from None
@@ -189,6 +190,16 @@ class Generation:
         if member.state == "ready":
             member.count_failure(error, is_gone=not is_healthy)
 
+    def _give_up(self, member: Member, request: GenerateRequest) -> None:
+        """Asks the server to stop what nobody waits for; whether it does is of no matter here."""
+
+        def work() -> None:
+            with contextlib.suppress(Exception):
+                member.backend.abort([request.request_id])
+
+        if member.state != "evicted":
+            self._pool.threads.submit(work)
+
     async def _call(self, member: Member, function: Callable[[RolloutBackend], Result], limit_s: float) -> Result:
         """`function` of the server in a thread. Ends early, with that fault, when the server is evicted or soiled."""
         loop = asyncio.get_running_loop()
@@ -219,9 +230,3 @@ class Generation:
             return await asyncio.wait_for(reply, limit_s)
         finally:
             member.interrupts.discard(interrupt)
-
-
-def _give_up(member: Member, request_id: str) -> None:
-    """Asks the server to stop what nobody waits for; whether it does is of no matter here."""
-    with contextlib.suppress(Exception):
-        member.backend.abort([request_id])

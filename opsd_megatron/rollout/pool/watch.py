@@ -71,6 +71,8 @@ class Watch:
             if member in self._busy:
                 continue
             if self._is_due(member, now, is_nobody_left):
+                if member.state == "ready":
+                    member.state = "unknown"  # idle for long: no requests before it has proved itself again
                 self._start(member, self._prove_in_thread(member))
             elif member.state == "ready" and member.running and now - member.looked_at > self._options.health_s:
                 member.looked_at = now
