@@ -27,6 +27,8 @@ from opsd_megatron.rollout.pool.status import Counts
 from opsd_megatron.rollout.pool.watch import Watch
 
 LONGEST_BACKOFF_S = 8.0
+MAX_ATTEMPTS = 8
+"""A request that failed so often, and for `retry_s`, although servers were ready, is given up."""
 SETTLE_S = 5.0
 """The first requests of a batch wait so long for servers that are being looked at, to be shared among all of them."""
 Result = TypeVar("Result")
@@ -112,12 +114,11 @@ class Generation:
             except (ServerUnreachable, ServerUnauthorized, MalformedReply, WrongWeightVersion):
                 now = time.monotonic()
                 failed_since = failed_since or now
-                if now - failed_since > options.retry_s:
+                if attempt >= MAX_ATTEMPTS and now - failed_since > options.retry_s:
                     raise
                 avoid = {member}
             finally:
-                member.running -= 1
-                member.outstanding_tokens -= cost
+                member.release(cost)
                 self._watch.notify()
             self._pool.counts.retries += 1
             await asyncio.sleep(random.uniform(0, min(options.backoff_s * 2**attempt, LONGEST_BACKOFF_S)))
@@ -130,14 +131,9 @@ class Generation:
             place = self._router.choose(ask.number, ask.tokens, ready, avoid)
             if place is not None:
                 member, cost = place
-                member.running += 1
-                member.outstanding_tokens += cost
+                member.admit(cost)
                 return member, cost
-            self._pool.counts.waiting += 1
-            try:
-                await self._watch.change()
-            finally:
-                self._pool.counts.waiting -= 1
+            await self._watch.change()
 
     async def _ask(self, member: Member, ask: _Ask, attempt: int) -> GenerateResult:
         request = ask.request

@@ -59,6 +59,15 @@ class Member:
         fits = limit is None or not self.running or self.outstanding_tokens + tokens <= limit
         return fits and self.running < self.options.max_concurrent
 
+    def admit(self, tokens: int) -> None:
+        """A request of so many tokens is given to it."""
+        with self._lock:
+            self.running, self.outstanding_tokens = self.running + 1, self.outstanding_tokens + tokens
+
+    def release(self, tokens: int) -> None:
+        with self._lock:
+            self.running, self.outstanding_tokens = self.running - 1, self.outstanding_tokens - tokens
+
     def evict(self, error: Exception) -> None:
         """No requests until the breaker half-opens; what is open there is given up."""
         with self._lock:
@@ -114,9 +123,7 @@ class Member:
             if self.state in ("ready", "dirty"):
                 self.state = "unknown"
 
-    def prove(
-        self, wanted: str | None, valid: Collection[str], inspect: Callable[[RolloutBackend], None], is_paused: bool
-    ) -> None:
+    def prove(self, wanted: str | None, valid: Collection[str], inspect: Callable[[RolloutBackend], None]) -> None:
         """Leaves it ready, dirty or evicted. `inspect` looks at a process that was not met before."""
         before = self.state
         try:
@@ -134,14 +141,14 @@ class Member:
             if self.needs_sync(wanted):
                 self._leave(before, "dirty", self._unsynced(wanted, info.weight_version))
                 return
-            if before == "evicted" and not is_paused:
+            if before == "evicted":
                 self.backend.resume()  # it may have missed a resume while it was away
             self._canary(valid)
         except Exception as error:  # whatever it is, this server cannot be used
             self.evict(error)
             return
         self.last_reply_at = time.monotonic()
-        self._leave(before, "paused" if is_paused else "ready", None)
+        self._leave(before, "ready", None)
 
     def _canary(self, valid: Collection[str]) -> None:
         request = GenerateRequest(f"canary-{next(CANARY_NUMBERS)}", [0], max_tokens=1, ignore_eos=True)

@@ -106,7 +106,9 @@ class ServerPool(Fleet):
         return asyncio.run(self._generate(requests))
 
     async def _generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        watch = Watch(self.members, self.options, self.threads, self._prove, self._report)
+        watch = Watch(
+            self.members, self.options, self.threads, self._prove, lambda: self._paused, self._report
+        )  # fmt: skip
         return await Generation(self, watch, requests).run()
 
     def take_counts(self) -> Counts:
@@ -116,19 +118,19 @@ class ServerPool(Fleet):
         return taken
 
     def _prove(self, member: Member) -> None:
-        member.prove(self.wanted, self.valid_versions(self._wanted_at), self._inspect, self._paused)
+        member.prove(self.wanted, self.valid_versions(self._wanted_at), self._inspect)
 
     def _counted(self) -> Counts:
         self.counts.evictions = sum(member.evictions for member in self.members) - self._evictions
         return self.counts
 
-    def _report(self) -> None:
+    def _report(self, waiting: int) -> None:
         now = time.monotonic()
         if self.report is not None and now - self._reported >= REPORT_S:
             self._reported = now
             states = Counter(member.state for member in self.members)
             running = sum(member.running for member in self.members)
-            self.report(status_line(self._counted(), running, dict(states)))
+            self.report(status_line(self._counted(), running, waiting, dict(states)))
 
     # ---- updates
 

@@ -24,8 +24,6 @@ class Counts:
     resumed: int = 0
     malformed: int = 0
     evictions: int = 0
-    waiting: int = 0
-    """Requests for which no server has room now."""
 
     def finish(self, result: GenerateResult) -> None:
         self.requests += 1
@@ -51,11 +49,11 @@ def metrics(parts: list[Counts], seconds: float) -> dict[str, float]:
     return values
 
 
-def status_line(counts: Counts, running: int, states: dict[str, int]) -> str:
+def status_line(counts: Counts, running: int, waiting: int, states: dict[str, int]) -> str:
     """One line for a person: answered, tokens/s, running, waiting, cache hits, evictions, servers by state."""
     speed = counts.response_tokens / max(time.monotonic() - counts.started, 1e-9)
     parts = [f"rollouts {counts.requests}/{counts.total}", f"{speed:.0f} tokens/s"]
-    parts += [f"running {running}", f"waiting {counts.waiting}"]
+    parts += [f"running {running}", f"waiting {waiting}"]
     if counts.told_tokens:
         parts.append(f"cached {counts.cached_tokens / counts.told_tokens:.0%}")
     if counts.evictions or counts.retries:

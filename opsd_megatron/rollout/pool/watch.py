@@ -22,11 +22,13 @@ class Watch:
         options: PoolOptions,
         threads: Executor,
         prove: Callable[[Member], None],
-        report: Callable[[], None],
+        is_paused: Callable[[], bool],
+        report: Callable[[int], None],
     ):
-        """`prove` leaves a member ready, dirty or evicted, and blocks; `report` is called at every tick."""
+        """`prove` leaves a member ready, dirty or evicted, and blocks; while `is_paused` nothing is looked at; `report`
+        is told at every tick how many requests wait for room."""
         self._members, self._options, self._threads = members, options, threads
-        self._prove, self._report = prove, report
+        self._prove, self._is_paused, self._report = prove, is_paused, report
         self._busy: set[Member] = set()
         self._tasks: set[asyncio.Task] = set()
         self._waiting: list[asyncio.Future] = []
@@ -37,8 +39,9 @@ class Watch:
         """Never returns. ServerError when no server can serve without a publication, or none came back in time."""
         try:
             while True:
-                self._look()
-                self._report()
+                if not self._is_paused():
+                    self._look()
+                self._report(len(self._waiting))
                 self.notify()
                 await asyncio.sleep(TICK_S)
         finally:
