@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from opsd_megatron.errors import UserError
 from opsd_megatron.rollout.backend import (
     RolloutBackend,
     ServerError,
@@ -129,6 +130,8 @@ class Update:
             member.evict(error)
         elif isinstance(error, ServerError):
             member.soil(error)
+        elif isinstance(error, UserError):  # `inspect` found that it is not fit to serve
+            member.evict(error)
         else:
             raise error
 
@@ -142,12 +145,18 @@ def in_reach(members: Sequence[Member]) -> list[Member]:
 def join_group(members: Sequence[Member], threads: Executor, group: TransferGroup, sizes: Mapping[Member, int]) -> None:
     """All at once, since each blocks until the others are there; the ranks follow one another in this order.
 
-    The first error is raised: without one member nobody meets.
+    The first error is raised: without one member nobody meets. UpdateLost where the servers are not those of which the
+    group's size was made.
     """
     offsets, reached = {}, group.rank_offset
     for member in members:
         offsets[member] = reached
         reached += sizes[member]
+    if reached != group.world_size:
+        raise UpdateLost(
+            f"the servers that can be reached end at rank {reached}, the group has {group.world_size} ranks: servers came "
+            "or went; ask for world_size again"
+        )
     _, errors = call_each(
         members, threads, lambda member: member.backend.join_group(replace(group, rank_offset=offsets[member]))
     )
