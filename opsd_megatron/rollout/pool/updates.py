@@ -154,8 +154,8 @@ def join_group(members: Sequence[Member], threads: Executor, group: TransferGrou
         reached += sizes[member]
     if reached != group.world_size:
         raise UpdateLost(
-            f"the servers that can be reached end at rank {reached}, the group has {group.world_size} ranks: servers came "
-            "or went; ask for world_size again"
+            f"the servers that can be reached end at rank {reached}, the group has {group.world_size} ranks: servers "
+            "came or went; ask for world_size again"
         )
     _, errors = call_each(
         members, threads, lambda member: member.backend.join_group(replace(group, rank_offset=offsets[member]))
