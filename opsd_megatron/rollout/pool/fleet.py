@@ -20,7 +20,7 @@ from opsd_megatron.rollout.backend import (
 from opsd_megatron.rollout.pool.fanout import call_each
 from opsd_megatron.rollout.pool.member import Member
 from opsd_megatron.rollout.pool.options import PoolOptions
-from opsd_megatron.rollout.pool.updates import in_reach
+from opsd_megatron.rollout.pool.updates import WAIT_S, in_reach
 from opsd_megatron.rollout.pool.watch import nobody_serves
 
 Result = TypeVar("Result")
@@ -173,16 +173,23 @@ class Fleet:
     def _ask_all(
         self, function: Callable[[RolloutBackend], Result], members: Sequence[Member] | None = None
     ) -> dict[Member, Result]:
-        """Answers of those that can be reached; one that cannot is evicted. Raises when none answers."""
-        chosen = (members if members is not None else in_reach(self.members)) or self.members
-        answers, errors = call_each(chosen, self.threads, lambda member: function(member.backend))
-        for member, error in errors.items():
-            if not isinstance(error, ServerUnreachable | ServerUnauthorized | MalformedReply):
-                raise error
-            member.evict(error)
-        if not answers:
-            raise next(iter(errors.values()))
-        return answers
+        """Answers of those that can be reached; one that cannot is evicted. When none can be, waits up to `retry_s`."""
+        deadline = time.monotonic() + self.options.retry_s
+        while True:
+            chosen = (members if members is not None else in_reach(self.members)) or self.members
+            answers, errors = call_each(chosen, self.threads, lambda member: function(member.backend))
+            for member, error in errors.items():
+                if not isinstance(error, ServerUnreachable | ServerUnauthorized | MalformedReply):
+                    raise error
+                member.evict(error)
+            if answers:
+                return answers
+            final = [error for error in errors.values() if not isinstance(error, ServerUnreachable)]
+            if final:
+                raise final[0]
+            if time.monotonic() > deadline:
+                raise nobody_serves(self.members, self.options.retry_s)
+            time.sleep(WAIT_S)
 
     def _ask_one(self, function: Callable[[RolloutBackend], Result]) -> Result:
         """Of the first server with the wanted weights that answers."""
