@@ -115,10 +115,10 @@ LONG = requests(6, n=1, max_tokens=90)
 
 
 @pytest.fixture(scope="module")
-def wanted(cluster) -> dict[str, GenerateResult]:
-    """What an undisturbed server answers to SHORT and LONG; their ids do not matter to it."""
+def wanted(cluster) -> dict[str, list[GenerateResult]]:
+    """What an undisturbed server answers to SHORT and LONG."""
     with EmbeddedBackend(cluster.servers[A].url, TOKEN) as backend:
-        return {"short": backend.generate(SHORT), "long": backend.generate(LONG)}  # type: ignore[dict-item]
+        return {"short": backend.generate(SHORT), "long": backend.generate(LONG)}
 
 
 def assert_whole(results: list[GenerateResult], wanted: list[GenerateResult], version: str | None) -> None:
@@ -170,7 +170,7 @@ def test_a_step_is_completed_when_one_server_is(cluster, wanted, row):
             cluster.faults.set(B, None)
             pool.members[B].retry_at = 0.0
             cluster.publish(pool)  # a whole update brings it back
-            assert_whole(pool.generate(SHORT), wanted["short"], pool.wanted)
+            assert_whole(pool.generate(SHORT[:2]), wanted["short"][:2], pool.wanted)
             assert state(pool, B) == "ready"
 
 
@@ -216,7 +216,7 @@ def test_a_step_is_completed_when_the_update_of_one_server_is(cluster, wanted, r
         assert servers_of(results) == {pool.members[A].server_id} and state(pool, B) != "ready"
         pool.members[B].retry_at = 0.0
         cluster.publish(pool)
-        assert_whole(pool.generate(SHORT), wanted["short"], pool.wanted)
+        assert_whole(pool.generate(SHORT[:2]), wanted["short"][:2], pool.wanted)
         assert state(pool, B) == "ready"
 
 
@@ -239,7 +239,7 @@ def test_responses_aborted_by_a_pause_go_on_where_they_were(cluster):
         running = cluster.begin(pool, LONG)
         while not pool.members[B].running:
             time.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(0.1)
         pool.pause("abort")
         first = pool.wanted
         second = cluster.publish(pool)

@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -37,10 +37,10 @@ Result = TypeVar("Result")
 class Shared(Protocol):
     """What a batch needs of its pool."""
 
-    members: Sequence[Member]
+    members: list[Member]
     options: PoolOptions
     counts: Counts
-    threads: Executor
+    threads: ThreadPoolExecutor
 
     def valid_versions(self, since: int) -> Collection[str]: ...
 
