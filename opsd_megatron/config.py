@@ -123,7 +123,8 @@ class RolloutConfig:
     """The inference server and how it samples."""
 
     url: str = "http://127.0.0.1:8199"
-    """Base URL of the server; it may run on other GPUs, on another node, or be started by the example."""
+    """Base URL of the server, or of several, separated by commas; they may run on other GPUs or nodes, or be started by
+    the example."""
     token_variable: str = "OPSD_SERVER_TOKEN"
     """Environment variable that holds the bearer token; the token itself is never in a config or log."""
     samples_per_prompt: int = 1
@@ -135,9 +136,9 @@ class RolloutConfig:
     seeded: bool = False
     """Use the server's seeded exact mode: bitwise repeatable, slow; for tests."""
     request_timeout_s: float = 120.0
-    """One HTTP request, all told."""
+    """Constant part of the longest wait for a reply; prompt and response length add to it."""
     retry_s: float = 120.0
-    """How long a step waits for a server that went away before the run stops with a checkpoint."""
+    """How long a step waits when no server is left before the run stops with a checkpoint."""
     transport: Literal["auto", "disk", "http", "gloo", "nccl"] = "auto"
     """How new weights reach the server. disk: files in shared_directory; http: bodies of requests; gloo and nccl: a
     broadcast from rank 0. auto takes the fastest that trainer and server share."""
@@ -161,6 +162,20 @@ class RolloutConfig:
     them."""
     replay_from: Path | None = None
     """Train on rollouts recorded there instead of asking a server; none is needed then."""
+    prefill_tokens_per_s: float = 2000.0
+    """A reply may take the time that the prompt takes at this speed, besides request_timeout_s."""
+    decode_tokens_per_s: float = 10.0
+    """And the time that max_response_tokens take at this speed."""
+    max_outstanding_tokens: int | None = None
+    """Prompt and response tokens that one server is given at once: what its cache holds. None: 64 requests."""
+    on_abort: Literal["resume", "drop_partial"] = "resume"
+    """A response that a server aborts goes on behind the tokens that it has, or starts again."""
+    max_staleness: int = 0
+    """Response tokens whose weights lag more steps than this behind the step's carry no loss."""
+    server: Literal["auto", "embedded", "vllm", "sglang"] = "auto"
+    """Kind of all servers in `url`; auto asks them."""
+    admin_token_variable: str | None = None
+    """Environment variable with the token for routes that change a server, where that is another one."""
 
     def __post_init__(self):
         _require(
@@ -185,6 +200,20 @@ class RolloutConfig:
             self.replay_from is None or (self.overlap == "none" and self.record_to != self.replay_from),
             f"rollout.replay_from={self.replay_from} needs overlap=none, and record_to None or another directory",
         )
+        _require(bool(self.urls), f"rollout.url={self.url!r}: at least one address is needed")
+        _require(len(set(self.urls)) == len(self.urls), f"rollout.url={self.url!r} names a server twice")
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            _require(getattr(self, name) > 0, f"rollout.{name}={getattr(self, name)}: must be above 0")
+        _require(
+            self.max_outstanding_tokens is None or self.max_outstanding_tokens >= 1,
+            f"rollout.max_outstanding_tokens={self.max_outstanding_tokens}: 1 or more, or None for no bound",
+        )
+        _require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness}: 0 or more")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses in `url`."""
+        return tuple(one.strip().rstrip("/") for one in self.url.split(",") if one.strip())
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from opsd_megatron.rollout.backend import (
     ServerRefused,
     WrongWeightVersion,
 )
+from opsd_megatron.rollout.partial import Unfinished, mask_stale, staleness
 from opsd_megatron.types import PromptPair, Rollout, Turn
-
-MAX_ABORTS = 3
 
 
 def sample_rollouts(
@@ -31,9 +30,10 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """`config.samples_per_prompt` responses per pair under its student prompt, in the order of pairs, then of samples.
 
-    Every token must come from `weight_version` (None: any), otherwise WrongWeightVersion. A response that the server
-    aborted is asked for again, up to 3 times. With `config.seeded` the server must honour seeds. `greedy` takes the
-    likeliest tokens instead of sampling.
+    A response that was aborted is finished as `config.on_abort` says. Tokens of weights that lag more than
+    `config.max_staleness` steps behind `weight_version` carry no loss; a response of nothing else, or with tokens of
+    unrelated weights, is WrongWeightVersion (`weight_version` None: any weights will do). With `config.seeded` the
+    server must honour seeds. `greedy` takes the likeliest tokens instead of sampling.
     """
     if config.seeded and not backend.info().seeded:
         raise ServerRefused(
@@ -41,14 +41,15 @@ def sample_rollouts(
         )
     temperature = 0.0 if greedy else config.temperature
     requests = _requests(pairs, config, stop_token_ids, seed, step, temperature)
-    results = _complete(requests, backend)
+    results = _complete(requests, backend, config)
     rollouts = [
         _rollout(pair, number, sample, result.server_id)
         for pair, result in zip(pairs, results, strict=True)
         for number, sample in enumerate(result.samples)
     ]
     if weight_version is not None:
-        _require_version(rollouts, weight_version)
+        _require_version(rollouts, weight_version, config.max_staleness)
+        rollouts = [mask_stale(rollout, weight_version, config.max_staleness) for rollout in rollouts]
     return rollouts
 
 
@@ -86,25 +87,15 @@ def _requests(
     return requests
 
 
-def _complete(requests: Sequence[GenerateRequest], backend: RolloutBackend) -> list[GenerateResult]:
+def _complete(
+    requests: Sequence[GenerateRequest], backend: RolloutBackend, config: RolloutConfig
+) -> list[GenerateResult]:
     """Results of which no sample was aborted."""
-    results = backend.generate(requests)
-    for _ in range(MAX_ABORTS):
-        aborted = [number for number, result in enumerate(results) if _is_aborted(result)]
-        if not aborted:
-            return results
-        for number, result in zip(aborted, backend.generate([requests[n] for n in aborted]), strict=True):
-            results[number] = result
-    left = sum(map(_is_aborted, results))
-    if left:
-        raise ServerRefused(
-            f"{left} of {len(requests)} prompts were aborted {MAX_ABORTS + 1} times; who pauses the server?"
-        )
-    return results
-
-
-def _is_aborted(result: GenerateResult) -> bool:
-    return any(sample.finish_reason == "abort" for sample in result.samples)
+    works = [Unfinished(request, config.on_abort) for request in requests]
+    while asked := [(work, request) for work in works for request in work.open_requests()]:
+        for (work, request), result in zip(asked, backend.generate([one for _, one in asked]), strict=True):
+            work.take(request, result)
+    return [work.result() for work in works]
 
 
 def _rollout(pair: PromptPair, number: int, sample: Sample, server_id: str) -> Rollout:
@@ -125,12 +116,15 @@ def _rollout(pair: PromptPair, number: int, sample: Sample, server_id: str) -> R
     )
 
 
-def _require_version(rollouts: Sequence[Rollout], wanted: str) -> None:
-    found: dict[str, int] = {}
+def _require_version(rollouts: Sequence[Rollout], wanted: str, max_staleness: int) -> None:
+    """WrongWeightVersion for tokens of unrelated weights, and for responses that are too old as a whole."""
+    wrong: Counter[str] = Counter()
     for rollout in rollouts:
-        for span in rollout.version_spans:
-            found[span.version] = found.get(span.version, 0) + span.end - span.start
-    wrong = {version: tokens for version, tokens in found.items() if version != wanted}
+        lags = [(span, staleness(span.version, wanted)) for span in rollout.version_spans]
+        is_too_old = all(lag is None or lag > max_staleness for _, lag in lags)
+        for span, lag in lags:
+            if lag is None or is_too_old:
+                wrong[span.version] += span.end - span.start
     if wrong:
         listed = ", ".join(f"{tokens} tokens from {version}" for version, tokens in sorted(wrong.items()))
         raise WrongWeightVersion(

@@ -11,6 +11,7 @@ SHOWN = {  # metric -> (short name, format); what is absent is left out
     "loss": ("loss", ".4f"),
     "loss/reverse_kl_nats": ("KL", ".4f"),
     "optimizer/grad_norm": ("|g|", ".2e"),
+    "rollout/tokens_per_s": ("tok/s", ".0f"),
     "rollout/response_tokens_mean": ("len", ".1f"),
     "mismatch/logprob_abs_mean_nats": ("|train-rollout|", ".1e"),
     "time/step_s": ("s/step", ".2f"),
@@ -24,11 +25,16 @@ def summary(values: Mapping[str, float]) -> str:
     return "  ".join(parts + probes)
 
 
+PLAIN_EVERY_S = 30.0
+"""Between two lines about the rollouts of a step, where there is no terminal."""
+
+
 class ProgressLine:
     """Steps done, what they measured, time left."""
 
     def __init__(self, total_steps: int, done_steps: int, wanted: bool):
         self._total, self._started, self._first = total_steps, time.monotonic(), done_steps
+        self._shown = self._started
         self._bar: Progress | None = None
         if wanted and sys.stderr.isatty():
             columns = [
@@ -45,9 +51,19 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=summary(values))
             return
+        self._shown = time.monotonic()
         per_step = (time.monotonic() - self._started) / max(step - self._first, 1)
         left_s = per_step * (self._total - step)
         print(f"step {step}/{self._total}  {summary(values)}  ETA {left_s / 60:.1f} min", file=sys.stderr, flush=True)
+
+    def show_rollouts(self, line: str) -> None:
+        """While a step's rollouts run: in place on a terminal, elsewhere a line now and then. From any thread."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, description=line)
+        elif now - self._shown >= PLAIN_EVERY_S:
+            self._shown = now
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

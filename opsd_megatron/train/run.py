@@ -93,6 +93,8 @@ class Run:
         self._stop = StopSignal()
         is_first = self.mesh.world.rank == 0
         self._progress = ProgressLine(self.config.steps, self.step, self.config.log.progress) if is_first else None
+        if self._progress is not None and self.sampling is not None:
+            self.sampling.report_to(self._progress.show_rollouts)
         description = describe_run(self.config, self.mesh.describe())
         directory = self.config.checkpoint.directory
         self._record = RunRecord(directory, description, self.config.log, self.step) if is_first else None

@@ -1,7 +1,5 @@
 """The inference servers as a run sees them: which weights they serve, and whose turn it is on a shared device."""
 
-from torch import nn
-
 from opsd_megatron.rollout.backend import HalfUpdated, UpdateLost
 from opsd_megatron.train.colocated import Turns
 from opsd_megatron.train.feed import Feed
@@ -17,7 +15,7 @@ class Serving:
 
     def __init__(
         self,
-        chunks: list[nn.Module],
+        chunks: list,
         sampling: Sampling,
         feed: Feed,
         publisher: Publisher,

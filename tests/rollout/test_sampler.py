@@ -79,15 +79,15 @@ def test_rollouts_of_other_weights_are_refused_with_their_count(exact):
     sample_rollouts(PAIRS[:1], exact.backend(), CONFIG, [], 1, 0, None)
 
 
-def test_aborted_prompts_are_sampled_again_and_only_those():
+def test_aborted_samples_are_asked_for_again_and_only_those():
     backend = Scripted(lambda call, r, s: aborted(r.n) if call <= 2 and "record-1" in r.request_id else s)
     rollouts = sample_rollouts(PAIRS[:3], backend, CONFIG, [2], 1, 0, "v1")  # type: ignore[arg-type]
-    assert [len(asked) for asked in backend.asked] == [3, 1, 1]
+    assert [[request.n for request in asked] for asked in backend.asked] == [[2, 2, 2], [1, 1], [1, 1]]
     assert [r.token_ids for r in rollouts] == [(4, 2)] * 6
 
 
 def test_prompts_that_are_always_aborted_are_an_error():
-    with pytest.raises(ServerRefused, match="1 of 3 prompts were aborted"):
+    with pytest.raises(ServerRefused, match="2 samples of step0-1-record-1 were aborted"):
         sample_rollouts(
             PAIRS[:3],
             Scripted(lambda _, r, s: aborted(r.n) if "record-1" in r.request_id else s),  # type: ignore[arg-type]

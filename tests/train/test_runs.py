@@ -106,6 +106,14 @@ def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(world, un
     assert (world.directory / "gone" / f"step_{max(losses):06d}" / "state.json").is_file()  # resumed from as above
 
 
+def test_a_run_goes_on_when_one_of_two_servers_is_not_there(world, uninterrupted):
+    urls = f"{world.server.url},http://127.0.0.1:9"
+    assert world.finish("half", 2, *CP2, "--rollout.url", urls, "--rollout.retry-s", "2") == 0, world.log("half")
+    assert world.losses("half") == uninterrupted
+    rows = [json.loads(line) for line in (world.directory / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["rollout/tokens_per_s"] > 0 and row["rollout/stale_tokens"] == 0 for row in rows)
+
+
 BAD_INPUT = {  # ranks, flags, what the message must say
     "wrong world size": (1, ("--parallel.tp", "4"), "world size 1 is not a multiple of tp*pp*cp"),
     "tp does not divide heads": (3, ("--parallel.tp", "3"), "parallel.tp=3 does not divide the model's 4"),

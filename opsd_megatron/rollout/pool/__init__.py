@@ -1,0 +1,1 @@
+"""Several inference servers as one `RolloutBackend`: `servers.ServerPool` is the entrance."""
