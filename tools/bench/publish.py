@@ -167,7 +167,8 @@ def compare(settings: Namespace) -> None:
         settings.url = server.url
         figures = {one.name: one for one in measure(CONTENDERS, settings, settings.repeats)}
         wanted = {
-            name: hashlib.sha256(as_bytes(t).numpy()).hexdigest() for name, t in weights_of(settings.model).items()
+            name: hashlib.sha256(as_bytes(t).numpy().tobytes()).hexdigest()
+            for name, t in weights_of(settings.model).items()
         }
         if backend.checksum() != wanted:
             raise SystemExit("the server's weights are not those that were published")
