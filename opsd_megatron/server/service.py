@@ -153,19 +153,21 @@ class Service:
             self.weights.check_complete()
             was_paused = self.paused is not None
             self._gate.clear()
+            replaced = []
             try:
                 if not was_paused:
                     await self._idle.wait()
                 started = time.perf_counter()
                 await self._in_engine_thread(self.engine.freeze)
                 try:
-                    await self._swap(version)
+                    replaced = await self._swap(version)
                 finally:
                     await self._in_engine_thread(self.engine.thaw)
             finally:
                 if not was_paused:
                     self._gate.set()
             seconds = time.perf_counter() - started
+            replaced.clear()
             self.metrics.add("weight_update_seconds_total", seconds)
             return seconds
 
@@ -173,10 +175,11 @@ class Service:
         async with self._control:
             return await asyncio.to_thread(self.weights.checksums)
 
-    async def _swap(self, version: str) -> None:
+    async def _swap(self, version: str) -> list:
+        """What was replaced, to be dropped when the engine runs again."""
         progress = self.engine.in_flight()
         try:
-            await self._in_engine_thread(self.weights.swap)
+            replaced = await self._in_engine_thread(self.weights.swap)
         except Exception as error:
             self.broken = f"a weight swap failed half-way ({error}); restart the server or publish again"
             raise
@@ -185,6 +188,7 @@ class Service:
         for live in self._live.values():
             for key in live.marks.keys() - live.samples.keys():
                 live.marks[key].append((version, len(progress.get(key, Continuation()).token_ids)))
+        return replaced
 
     def _deliver(self, key: SampleKey, result: Continuation) -> None:
         """A finished sample. Comes before whatever follows a later freeze, so `marks` are those it was made under."""

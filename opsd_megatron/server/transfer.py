@@ -140,8 +140,12 @@ class Rooms:
         room = self.take(tensor.nbytes, tensor.device, staging)
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def serve(self, staging: Staging, keep: bool) -> None:
-        """What was staged is served now; what was served before is free, and kept where `keep` and on a CPU."""
+    def serve(self, staging: Staging, keep: bool) -> list[Tensor]:
+        """What was staged is served now; what was served before is free, and kept where `keep` and on a CPU. Returns
+        what nobody will use again."""
         with self._lock:
+            unused = self._free
             self._free = [room for room in self._serving if keep and room.device.type == "cpu"]
+            unused += [] if self._free else self._serving
             self._serving = staging.rooms
+        return unused

@@ -107,19 +107,21 @@ class WeightStore:
                 raise Refusal(409, f"{name} is tied to {source} in this model but differs from it")
 
     @torch.no_grad()
-    def swap(self) -> None:
+    def swap(self) -> list[Tensor]:
         """Replaces every parameter's values; `check_complete` has passed and no engine runs.
 
-        By pointer where the new ones lie on the parameter's device: milliseconds, however large the model.
+        By pointer where the new ones lie on the parameter's device: milliseconds, however large the model. Returns what
+        is not needed any more, for giving memory back takes longer than that.
         """
         flat = self._flat()
         moved = [name for name, parameter in self.parameters.items() if parameter.device == flat[name].device]
         for name in self.parameters.keys() - set(moved):
             self.parameters[name].copy_(flat[name])
+        replaced = [self.parameters[name].data for name in moved]
         for name in moved:
             self.parameters[name].data = flat[name]
         staging, self._staged = self._open_update(), None
-        self._rooms.serve(staging, keep=len(moved) == len(self.parameters))
+        return replaced + self._rooms.serve(staging, keep=len(moved) == len(self.parameters))
 
     def checksums(self) -> dict[str, str]:
         """sha256 of the bytes of each parameter."""

@@ -110,7 +110,8 @@ class DiskCarrier:
         ]
         self._target = self._root / f"{self.PREFIX}{version}"
         self._partial = self._root / f".{self.PREFIX}{version}"
-        shutil.rmtree(self._partial, ignore_errors=True)
+        for old in (*self._root.glob(f"{self.PREFIX}*"), *self._root.glob(f".{self.PREFIX}*")):
+            shutil.rmtree(old, ignore_errors=True)
         self._partial.mkdir(parents=True)
         hf_config = self._architecture.hf_config
         for name, content in beside_weights(shards, hf_config, None).items():
@@ -131,12 +132,8 @@ class DiskCarrier:
                     written += out.write(block[written:])
 
     def finish(self, version: str) -> None:
-        shutil.rmtree(self._target, ignore_errors=True)
         self._partial.rename(self._target)
         self._backend.update_from_disk(str(self._target), version)
-        for path in self._root.glob(f"{self.PREFIX}*"):
-            if path != self._target:
-                shutil.rmtree(path, ignore_errors=True)
 
     def abort(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)

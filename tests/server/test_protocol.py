@@ -30,6 +30,9 @@ ROUTES = [
     ("POST", "/finish_weight_update"),
     ("POST", "/abort_weight_update"),
     ("POST", "/weight_checker"),
+    ("GET", "/get_world_size"),
+    ("POST", "/init_weight_transfer_engine"),
+    ("POST", "/shutdown_weight_transfer_engine"),
     ("GET", "/openapi.json"),
     ("GET", "/nothing-here"),
 ]

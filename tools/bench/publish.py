@@ -4,8 +4,8 @@
     python tools/bench/publish.py --directory /dev/shm/publish   # where writing costs nothing but memory
 
 disk stands beside cp with fsync of the same bytes, gloo beside a broadcast of them from buffer to buffer through a
-group of the same kind. Trainer and server are processes of their own; the server stages while it serves, and `paused
-ms` is for how long it generated nothing, by its own metrics. At the end its checksums must be the model's.
+group of the same kind. Every way has a trainer and a server of its own, each a process; the server stages while it
+serves, and `paused ms` is for how long it generated nothing, by its own metrics. Its checksums must be the model's.
 """
 
 import argparse
@@ -50,7 +50,17 @@ def prepare_publication(settings: Namespace, transport):
     mesh, architecture = build_mesh(ParallelConfig()), read_architecture(settings.model)
     chunks = build_model(architecture, mesh, torch.bfloat16)
     load_weights(chunks, architecture, settings.model, mesh)
-    backend = EmbeddedBackend(settings.url, TOKEN)
+    server = ServerProcess(
+        settings.model,
+        TOKEN,
+        settings.directory / f"server-{transport}.log",
+        engine="exact",
+        dtype="bfloat16",
+        threads=1,
+        arguments=["--weights-root", str(settings.directory)],
+    )
+    server.start()  # ends with this process
+    backend = server.backend()
     config = RolloutConfig(transport=transport, shared_directory=settings.directory / "shared")
     publisher = Publisher(config, architecture, mesh, backend)
 
@@ -59,6 +69,15 @@ def prepare_publication(settings: Namespace, transport):
         publisher.publish(list(chunks), f"bench-{transport}")
         return {"paused ms": 1e3 * (paused_seconds(backend) - before)}
 
+    run()
+    run()  # from the third update on the server stages into the memory of weights that it served before
+    wanted = {
+        name: hashlib.sha256(as_bytes(tensor).numpy().tobytes()).hexdigest()
+        for name, tensor in weights_of(settings.model).items()
+    }
+    if backend.checksum() != wanted:
+        raise RuntimeError("the server's weights are not those that were published")
+    run.keep = server  # type: ignore[attr-defined]
     return run
 
 
@@ -154,23 +173,7 @@ def main() -> None:
 def compare(settings: Namespace) -> None:
     make_model(settings.model, settings.layers, {"tie_word_embeddings": False, "vocab_size": VOCAB})
     settings.bytes = sum(tensor.nbytes for tensor in weights_of(settings.model).values())
-    server = ServerProcess(
-        settings.model,
-        TOKEN,
-        settings.directory / "server.log",
-        engine="exact",
-        dtype="bfloat16",
-        threads=1,
-        arguments=["--weights-root", str(settings.directory)],
-    )
-    with server, server.backend() as backend:
-        settings.url = server.url
-        figures = {one.name: one for one in measure(CONTENDERS, settings, settings.repeats)}
-        wanted = {
-            name: hashlib.sha256(as_bytes(t).numpy().data).hexdigest() for name, t in weights_of(settings.model).items()
-        }
-        if backend.checksum() != wanted:
-            raise SystemExit("the server's weights are not those that were published")
+    figures = {one.name: one for one in measure(CONTENDERS, settings, settings.repeats)}
     for name, *others in (("disk", "cp + fsync"), ("gloo", "bare gloo broadcast", "published by http")):
         shown = [figures[f"published by {name}"], *(figures[other] for other in others)]
         output = settings.output / f"{name}.json" if settings.output else None
