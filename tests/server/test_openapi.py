@@ -1,5 +1,7 @@
 """A server of its own for what no other test may see: requests of all kinds on every route, and two tokens."""
 
+import contextlib
+
 import pytest
 
 from opsd_megatron.rollout.backend import ServerUnauthorized
@@ -8,7 +10,7 @@ from opsd_megatron.server.guard import GENERATE_PATHS, OPEN_PATHS
 from tests.server.serving import OLD, TOKEN, http, server_for
 
 ADMIN_TOKEN = "admin-token-of-the-tests"
-EXAMPLES = 6
+EXAMPLES = 4
 """Requests per route, and as many again that break its schema."""
 UNDO = {"/pause": "/resume"}
 
@@ -48,12 +50,14 @@ def test_the_generate_token_opens_no_control_route(guarded):
 def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documented(guarded):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis.specs.openapi import checks as openapi
 
     checks = [
         schemathesis.checks.not_a_server_error,
-        schemathesis.specs.openapi.checks.status_code_conformance,
-        schemathesis.specs.openapi.checks.content_type_conformance,
-        schemathesis.specs.openapi.checks.response_schema_conformance,
+        openapi.status_code_conformance,
+        openapi.content_type_conformance,
+        openapi.response_schema_conformance,
     ]
     few = settings(
         max_examples=EXAMPLES,
@@ -75,10 +79,8 @@ def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documente
                 def answer(case):
                     case.call_and_validate(base_url=guarded.url, headers=headers, checks=checks)
 
-                try:
+                with contextlib.suppress(Unsatisfiable):  # a route without parameters cannot be asked wrongly
                     answer()
-                except schemathesis.errors.InvalidSchema:
-                    raise
                 if undo := UNDO.get(operation.path):
                     client.post(undo, headers=headers)
         assert client.get("/health").status_code == 200
