@@ -24,7 +24,7 @@ class TextPart(Dialect):
     text: str
 
 
-class Message(BaseModel):
+class Message(Dialect):
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None

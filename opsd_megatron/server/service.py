@@ -201,7 +201,12 @@ class Service:
         if result.error is not None:
             live.done.set_exception(RuntimeError(f"the engine failed: {result.error}"))
             return
-        end = live.watch(key[1], result) if live.watch else None
+        try:
+            end = live.watch(key[1], result) if live.watch else None
+        except Exception as error:  # must not reach the results of other requests, delivered by the same call
+            self.engine.cancel(live.job.keys)
+            live.done.set_exception(RuntimeError(f"the tokens cannot be written as text: {error}"))
+            return
         if end is not None:
             if not result.is_finished:
                 self.engine.cancel([key])

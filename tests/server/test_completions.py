@@ -128,6 +128,9 @@ def test_chat_speaks_the_models_template(server):
     assert ask(server, "/detokenize", tokens=tokens) == {"prompt": written}
     bad = ask(server, "/v1/chat/completions", 400, messages=[{"role": "robot", "content": "hi"}])
     assert "unknown role" in bad["error"]["message"]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "refusal": None}
+    bad = ask(server, "/v1/chat/completions", 400, messages=[called])
+    assert "tool_calls is not known" in bad["error"]["message"]
     bad = ask(server, "/v1/chat/completions", 400, messages=messages, chat_template_kwargs={"tokenize": True})
     assert "cannot set tokenize" in bad["error"]["message"]
 
