@@ -16,12 +16,18 @@ def main() -> int:
     options = tyro.cli(ServerOptions, prog="python -m opsd_megatron.server")
     try:
         token = _token(options.token_variable)
+        admin_token = _token(options.admin_token_variable) if options.admin_token_variable else None
+        if admin_token == token:
+            raise ConfigError(
+                f"{options.token_variable} and {options.admin_token_variable} hold the same token; make them "
+                "differ, or leave --admin-token-variable out"
+            )
         if not (options.model / "config.json").is_file():
             raise ConfigError(f"--model {options.model}: no config.json there; give a Hugging Face model directory")
         with _listen(options.host, options.port) as listener:
             from opsd_megatron.server.process import serve  # takes seconds: torch and transformers
 
-            return serve(options, token, listener)
+            return serve(options, token, admin_token, listener)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

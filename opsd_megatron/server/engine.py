@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 SampleKey = tuple[str, int]
 """(job, number of the sample among those of the same prompt)"""
@@ -16,6 +16,7 @@ class Job:
     prompt: tuple[int, ...]
     samples: int
     max_tokens: int
+    """0 samples nothing: such a job is only scored, and never reaches an engine."""
     temperature: float
     """0 takes the likeliest token."""
     top_p: float
@@ -25,6 +26,12 @@ class Job:
     seed: int | None
     """Sample i draws from seed + i; only an engine that is `seeded` can honour it."""
     stop_token_ids: frozenset[int]
+    is_streamed: bool = False
+    """Deliver what a sample has after each token too."""
+    scored: Literal["prompt", "all"] | None = None
+    """Whether the prompt, or the prompt with each response, is scored once the responses are complete."""
+    top_logprobs: int = 0
+    """Likeliest tokens that a score names at each position."""
 
     @property
     def keys(self) -> list[SampleKey]:
@@ -41,10 +48,16 @@ class Continuation:
     raw_logprobs: list[float] | None = None
     """Nats, of the model's own distribution; None where the engine does not keep them."""
     error: str | None = None
+    is_finished: bool = True
+
+    def first(self, count: int) -> "Continuation":
+        """Its first `count` tokens."""
+        raw = None if self.raw_logprobs is None else self.raw_logprobs[:count]
+        return Continuation(self.token_ids[:count], self.logprobs[:count], raw)
 
 
 Deliver = Callable[[SampleKey, Continuation], None]
-"""Called on the event loop, once for each finished sample."""
+"""Called on the event loop, once for each finished sample, and where the job is streamed after each token before."""
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 from collections import deque
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float32
@@ -134,6 +135,8 @@ class ExactEngine:
             result.raw_logprobs.append(float(torch.log_softmax(logits, dim=-1)[token]))
             if token in job.stop_token_ids or len(result.token_ids) == job.max_tokens:
                 return result
+            if job.is_streamed:
+                self._deliver(key, replace(copy.deepcopy(result), is_finished=False))
 
     def _prefill(self, job: Job, generated: list[int]) -> tuple[int, DynamicCache, Tensor]:
         """(epoch of the weights, cache, logits after prompt and `generated`); the prompt's is shared by its samples."""

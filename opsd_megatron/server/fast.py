@@ -81,6 +81,7 @@ class FastEngine:
                 list(job.prompt),
                 request_id=_name(key),
                 max_new_tokens=job.max_tokens,
+                streaming=job.is_streamed,
                 eos_token_id=sorted(job.stop_token_ids),
                 temperature=float(job.temperature or 1.0),
                 top_k=1 if job.temperature == 0 else (job.top_k or self.vocab_size),
@@ -144,7 +145,7 @@ def _key(request_id: str) -> SampleKey:
 
 
 def _continuation(output) -> Continuation:
-    return Continuation(output.generated_tokens, output.logprobs, None, output.error)
+    return Continuation(output.generated_tokens, output.logprobs, None, output.error, output.is_finished())
 
 
 class _TopK(warpers.ContinuousBatchingTopKLogitsWarper):

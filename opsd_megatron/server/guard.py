@@ -1,4 +1,4 @@
-"""What stands before every route: the bearer token and the size of bodies."""
+"""What stands before every route: the bearer tokens and the size of bodies."""
 
 import hmac
 import json
@@ -9,15 +9,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opsd_megatron.server.refusal import error_body
 
 OPEN_PATHS = frozenset({"/health", "/version"})
+GENERATE_PATHS = frozenset({
+    "/inference/v1/generate", "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize",
+    "/tokenizer_info", "/server_info", "/weight_info", "/is_paused", "/metrics", "/openapi.json",
+})  # fmt: skip
+"""What the generate token opens; every other path wants the admin token."""
 
 
 class Guard:
-    """ASGI middleware: 401 without the token (compared in constant time), 413 for a body over its limit."""
+    """ASGI middleware: 401 without a token (compared in constant time), 403 where it takes the other one, 413 for a
+    body over its limit."""
 
-    def __init__(self, app: ASGIApp, token: str, body_bytes: int, bucket_bytes: int):
-        """`bucket_bytes` limits PUT /weights/..., `body_bytes` everything else."""
+    def __init__(self, app: ASGIApp, token: str, admin_token: str | None, body_bytes: int, bucket_bytes: int):
+        """`admin_token` opens everything; where it is None, `token` does. `bucket_bytes` limits PUT /weights/...,
+        `body_bytes` everything else."""
         self.app = app
         self.expected = f"Bearer {token}".encode()
+        self.expected_admin = self.expected if admin_token is None else f"Bearer {admin_token}".encode()
         self.body_bytes, self.bucket_bytes = body_bytes, bucket_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,12 +33,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if scope["path"] not in OPEN_PATHS and not hmac.compare_digest(
-            headers.get(b"authorization", b""), self.expected
-        ):
+        given, path = headers.get(b"authorization", b""), scope["path"]
+        is_user, is_admin = hmac.compare_digest(given, self.expected), hmac.compare_digest(given, self.expected_admin)
+        if path not in OPEN_PATHS and not (is_user or is_admin):
             await _reply(send, 401, {"error": "Unauthorized"})
             return
-        limit = self.bucket_bytes if scope["path"].startswith("/weights/") else self.body_bytes
+        if path not in OPEN_PATHS | GENERATE_PATHS and not is_admin:
+            await _reply(send, 403, error_body(403, f"Unauthorized: {path} wants the admin token of this server"))
+            return
+        limit = self.bucket_bytes if path.startswith("/weights/") else self.body_bytes
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:
             await _discard(receive, 2 * limit)

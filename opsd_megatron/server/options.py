@@ -27,6 +27,9 @@ class ServerOptions:
     """auto takes CUDA where there is one."""
     token_variable: str = "OPSD_SERVER_TOKEN"
     """Environment variable that holds the bearer token (never on the command line, where others could read it)."""
+    admin_token_variable: str | None = None
+    """Environment variable that holds another token. Then only that one opens what pauses, aborts, or replaces weights,
+    and the first only what generates and informs. Left out, the one token opens all."""
     yarn_factor: float | None = None
     """Serve with YaRN at this factor over the model's original context, as the trainer's --model.yarn-factor."""
     yarn_original_positions: int | None = None

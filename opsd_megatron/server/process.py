@@ -19,8 +19,9 @@ from opsd_megatron.server.engine import Engine
 from opsd_megatron.server.exact import ExactEngine
 from opsd_megatron.server.fast import FastEngine
 from opsd_megatron.server.guard import Guard
+from opsd_megatron.server.jobs import Identity
 from opsd_megatron.server.options import ServerOptions
-from opsd_megatron.server.routes import Identity, build_app
+from opsd_megatron.server.routes import build_app
 from opsd_megatron.server.service import Service
 from opsd_megatron.server.text import find_text
 from opsd_megatron.server.weights import WeightStore
@@ -30,7 +31,7 @@ CPU_CACHE_BYTES = 1 << 30
 STDIN = 0
 
 
-def serve(options: ServerOptions, token: str, listener: socket.socket) -> int:
+def serve(options: ServerOptions, token: str, admin_token: str | None, listener: socket.socket) -> int:
     """Loads, warms up, and answers on `listener` until told to stop; 0 after a graceful stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if options.threads:
@@ -42,7 +43,7 @@ def serve(options: ServerOptions, token: str, listener: socket.socket) -> int:
         _engine(options, model, cache_tokens), WeightStore(model, options.weights_root), options.weight_version
     )
     app = build_app(service, _identity(options, model, limit), find_text(options.model))
-    guarded = Guard(app, token, options.max_body_mb << 20, options.max_bucket_mb << 20)
+    guarded = Guard(app, token, admin_token, options.max_body_mb << 20, options.max_bucket_mb << 20)
     config = uvicorn.Config(
         guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=10, timeout_keep_alive=75
     )

@@ -1,17 +1,19 @@
 """Requests, pauses and weight versions: what makes an engine a server. Everything here runs on one event loop."""
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsd_megatron.server.engine import Continuation, Engine, Job, SampleKey
 from opsd_megatron.server.metrics import Metrics
 from opsd_megatron.server.refusal import Refusal
+from opsd_megatron.server.scoring import TokenScore, score_tokens
 from opsd_megatron.server.transfer import Receiver
 from opsd_megatron.server.weights import WeightStore
 from opsd_megatron.types import VersionSpan
@@ -19,6 +21,8 @@ from opsd_megatron.types import VersionSpan
 log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["keep", "wait", "abort"]
+Watch = Callable[[int, Continuation], int | None]
+"""Given a sample's number and what it has; returns after how many tokens it ends, None where it goes on."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Sample:
     finish_reason: FinishReason
     stop_token: int | None
     spans: list[VersionSpan]
+    scores: list[TokenScore] | None = None
+    """Of all tokens but the first that the job wants scored; None for an aborted sample."""
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Live:
     done: asyncio.Future
     marks: dict[SampleKey, list[tuple[str, int]]]
     """For each sample (version, first token sampled by it), in order."""
+    watch: Watch | None = None
     samples: dict[SampleKey, Sample] = field(default_factory=dict)
 
 
@@ -92,21 +99,29 @@ class Service:
     def next_job_id(self) -> str:
         return next(self._names)
 
-    async def generate(self, job: Job, request_id: str) -> list[Sample]:
-        """One sample per `job.samples`, in order. Refusal 503 while paused (other than `keep`, which makes it wait)."""
+    async def generate(self, job: Job, request_id: str, watch: Watch | None = None) -> list[Sample]:
+        """One sample per `job.samples`, in order. Refusal 503 while paused (other than `keep`, which makes it wait).
+
+        `watch` sees every delivery of a streamed job and may end a sample.
+        """
         while True:
             self._check_open()
             if self._gate.is_set():
                 break
             await self._gate.wait()
         arrived = time.perf_counter()
-        live = Live(job, request_id, asyncio.get_running_loop().create_future(), {})
+        live = Live(job, request_id, asyncio.get_running_loop().create_future(), {}, watch)
         live.marks = {key: [(self.version, 0)] for key in job.keys}
         self._live[job.job_id] = live
         self._idle.clear()
         try:
-            self.engine.submit(job)
-            return await live.done
+            if job.max_tokens:
+                self.engine.submit(job)
+            else:
+                for key in job.keys:
+                    self._finish(live, key, Continuation(), "length")
+            samples = await live.done
+            return samples if job.scored is None else await self._in_engine_thread(lambda: self._score(live, samples))
         except asyncio.CancelledError:
             self.engine.cancel(job.keys)
             raise
@@ -193,23 +208,52 @@ class Service:
     def _deliver(self, key: SampleKey, result: Continuation) -> None:
         """A finished sample. Comes before whatever follows a later freeze, so `marks` are those it was made under."""
         live = self._live.get(key[0])
-        if live is None or live.done.done():
+        if live is None or live.done.done() or key in live.samples:
             return
         if result.error is not None:
             live.done.set_exception(RuntimeError(f"the engine failed: {result.error}"))
             return
-        last = result.token_ids[-1]
-        reason: FinishReason = "stop" if last in live.job.stop_token_ids else "length"
-        self._finish(live, key, result, reason)
+        try:
+            end = live.watch(key[1], result) if live.watch else None
+        except Exception as error:  # must not reach the results of other requests, delivered by the same call
+            self.engine.cancel(live.job.keys)
+            live.done.set_exception(RuntimeError(f"the tokens cannot be written as text: {error}"))
+            return
+        if end is not None:
+            if not result.is_finished:
+                self.engine.cancel([key])
+            self._finish(live, key, result.first(end), "stop")
+        elif result.is_finished:
+            is_stop = result.token_ids[-1] in live.job.stop_token_ids
+            self._finish(live, key, result, "stop" if is_stop else "length")
 
     def _finish(self, live: Live, key: SampleKey, result: Continuation, reason: FinishReason) -> None:
-        stop_token = result.token_ids[-1] if reason == "stop" else None
+        last = result.token_ids[-1] if reason == "stop" else None
+        stop_token = last if last in live.job.stop_token_ids else None
         spans = version_spans(live.marks[key], len(result.token_ids))
         live.samples[key] = Sample(
             result.token_ids, result.logprobs, result.raw_logprobs, reason, stop_token, spans
         )  # fmt: skip
         if len(live.samples) == live.job.samples and not live.done.done():
             live.done.set_result([live.samples[key] for key in live.job.keys])
+
+    def _score(self, live: Live, samples: list[Sample]) -> list[Sample]:
+        """`samples` with their scores. On the engine's thread, where no swap of weights runs, with the engine frozen.
+
+        The request counts as in flight until then, so that a swap waits for its scores as it does for its tokens.
+        """
+        job, model = live.job, self.weights.model
+        score = functools.lru_cache(maxsize=1)(lambda tokens: score_tokens(model, tokens, job.top_logprobs))
+        self.engine.freeze()
+        try:
+            scored = []
+            for sample in samples:
+                tokens = job.prompt if job.scored == "prompt" else (*job.prompt, *sample.token_ids)
+                is_wanted = job.job_id in self._live and sample.finish_reason != "abort"
+                scored.append(replace(sample, scores=score(tokens)) if is_wanted else sample)
+            return scored
+        finally:
+            self.engine.thaw()
 
     def _abort(self, lives: list[Live]) -> None:
         """Ends these with what they have; the engine is frozen."""

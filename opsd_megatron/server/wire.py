@@ -1,10 +1,9 @@
-"""Requests and replies of the generating routes: the shapes of vLLM, as much of them as this server can honour.
+"""What the requests and replies of all generating routes share: the shapes of vLLM and OpenAI.
 
 A field that would change the result but cannot be honoured is refused by name; at its neutral value it passes.
 """
 
-import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,23 +21,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "logit_bias": ({},),
     "suffix": ("",),
-    "stream": (False,),
     "echo": (False,),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "output_mode": ("tokens",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "prompt_logprobs": (),
     "allowed_token_ids": (),
     "logprob_token_ids": (),
     "structured_outputs": (),
-    "response_format": (),
+    "response_format": ({"type": "text"},),
     "truncate_prompt_tokens": (),
-    "stream_options": (),
 }
 """Accepted at these values and at null."""
 IRRELEVANT = frozenset({
     "user", "cache_salt", "model", "detokenize", "spaces_between_special_tokens", "return_weight_versions",
-    "skip_reading_prefix_cache",
+    "skip_reading_prefix_cache", "store", "metadata",
 })  # fmt: skip
 """Accepted at any value: nothing that this server returns depends on them."""
 
@@ -46,7 +45,7 @@ IRRELEVANT = frozenset({
 class Dialect(BaseModel):
     """Refuses fields that are neither known nor neutral."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="after")
     def refuse_what_cannot_be_honoured(self):
@@ -60,119 +59,88 @@ class Dialect(BaseModel):
         return self
 
 
-Probability = Annotated[float, Field(gt=0, le=1)]
+class StreamOptions(BaseModel):
+    include_usage: bool = False
 
 
-class SamplingParams(Dialect):
+class Streamable(Dialect):
+    request_id: str | None = Field(None, max_length=256)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def wants_usage_event(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Sampling(Dialect):
     n: int = Field(1, ge=1, le=256)
-    max_tokens: int = Field(16, ge=1)
     temperature: float = Field(1.0, ge=0, le=100)
-    top_p: Probability = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: int = Field(0, ge=-1)
     seed: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
-    logprobs: Literal[0] | None = None
     stop: list[str] | str | None = None
     skip_special_tokens: bool = True
 
     @model_validator(mode="after")
-    def check_greedy(self):
+    def check_temperature(self):
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"n must be 1 when temperature is 0 (all samples would be equal), got n={self.n}")
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature must be 0 (the likeliest token) or 0.01 and more, got {self.temperature}")
         return self
 
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-class GenerateRequest(Dialect):
-    token_ids: list[int] = Field(min_length=1)
-    sampling_params: SamplingParams
-    request_id: str | None = Field(None, max_length=256)
-    return_token_ids: bool | None = None
-
-    @model_validator(mode="after")
-    def refuse_stop_strings(self):
-        if self.sampling_params.stop:
-            raise ValueError("stop strings need text; use sampling_params.stop_token_ids here")
-        return self
+    @property
+    def is_neutral(self) -> bool:
+        """Tokens are drawn from the model's own distribution."""
+        return (self.temperature, self.top_p) == (1, 1) and self.top_k <= 0
 
 
-class CompletionRequest(SamplingParams):
-    prompt: str | list[int] | list[str] | list[list[int]]
-    request_id: str | None = Field(None, max_length=256)
-    add_special_tokens: bool = True
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
+class TextRequest(Streamable, Sampling):
+    """For clients of OpenAI's routes, which send null for every parameter that they leave alone."""
 
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, data: Any) -> Any:
-        """OpenAI clients send null for every parameter that they leave alone."""
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
-    @model_validator(mode="after")
-    def refuse_what_text_hides(self):
-        if self.stop and (self.return_token_ids or self.logprobs is not None):
-            raise ValueError("stop strings cut the text only; ask for token ids or logprobs, or for stop strings")
-        return self
+
+class Span(BaseModel):
+    """Weights that sampled the tokens of a response from `start` up to but not with `end`."""
+
+    version: str
+    start: int
+    end: int
 
 
-def generate_reply(request_id: str, model: str, server_id: str, prompt: list[int], samples: list[Sample], raw: dict):
-    """Body for /inference/v1/generate; `raw` holds further top-level fields."""
-    made = sum(len(sample.token_ids) for sample in samples)
-    return {
-        "request_id": f"generate-tokens-{request_id}",
-        "model": model,
-        "created": int(time.time()),
-        "output_mode": "tokens",
-        "usage": usage(len(prompt), made),
-        "server_id": server_id,
-        "choices": [generate_choice(index, sample) for index, sample in enumerate(samples)],
-        **raw,
-    }
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
 
 
-def generate_choice(index: int, sample: Sample) -> dict:
-    content = [
-        {"token_id": token, "logprob": logprob, "top_logprobs": []}
-        for token, logprob in zip(sample.token_ids, sample.logprobs, strict=True)
-    ]
-    return {
-        "index": index,
-        "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_token,
-        "token_ids": sample.token_ids,
-        "weight_versions": spans(sample),
-        "logprobs": {"content": content},
-        "logprob_kind": "processed",
-        "raw_logprobs": sample.raw_logprobs,
-    }
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
 
 
-def completion_choice(index: int, sample: Sample, text: str, prompt: list[int], request: CompletionRequest) -> dict:
-    choice = {
-        "index": index,
-        "text": text,
-        "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_token,
-        "logprobs": None,
-        "weight_versions": spans(sample),
-    }
-    if request.logprobs is not None:
-        names = [f"token_id:{token}" for token in sample.token_ids]
-        choice["logprobs"] = {
-            "tokens": names,
-            "token_logprobs": sample.logprobs,
-            "top_logprobs": [{name: value} for name, value in zip(names, sample.logprobs, strict=True)],
-            "text_offset": [],
-        }
-    if request.return_token_ids:
-        choice |= {"token_ids": sample.token_ids, "prompt_token_ids": prompt}
-    return choice
+class ErrorReply(BaseModel):
+    error: ErrorInfo
 
 
 def spans(sample: Sample) -> list[dict]:
     return [{"version": span.version, "start": span.start, "end": span.end} for span in sample.spans]
 
 
-def usage(prompt_tokens: int, made: int) -> dict:
+def usage(prompt_tokens: int, samples: list[Sample]) -> dict:
+    made = sum(len(sample.token_ids) for sample in samples)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}

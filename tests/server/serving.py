@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opsd_megatron.rollout.backend import GenerateRequest, Sample
 from opsd_megatron.rollout.process import ServerProcess
+from tests.server.tiny_tokenizer import write_tiny_tokenizer
 from tests.tiny_models import VOCAB, write_tiny_model
 
 TOKEN = "token-of-the-tests"
@@ -28,6 +29,7 @@ def shared_root() -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_tiny_model(root / OLD, "qwen3", seed=0, max_position_embeddings=1024)
     write_tiny_model(root / NEW, "qwen3", seed=1, max_position_embeddings=1024)
+    write_tiny_tokenizer(root / OLD)
     return root
 
 
