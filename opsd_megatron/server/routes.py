@@ -58,7 +58,7 @@ def _add_generation(app: FastAPI, service: Service, identity: Identity, text: Te
     @app.post("/inference/v1/generate")
     async def generate(request: Request, body: wire.GenerateRequest):
         request_id = body.request_id or uuid.uuid4().hex
-        job = make_job(service, identity, body.token_ids, body.sampling_params)
+        job = make_job(service, identity, body.token_ids, body.sampling_params, body.cache_salt)
         samples = await _unless_gone(request, service.generate(job, request_id))
         more = {"prompt_token_ids": body.token_ids} if body.return_token_ids else {}
         return _json(wire.generate_reply(request_id, identity.model, identity.server_id, body.token_ids, samples, more))
@@ -67,7 +67,7 @@ def _add_generation(app: FastAPI, service: Service, identity: Identity, text: Te
     async def complete(request: Request, body: wire.CompletionRequest):
         request_id = body.request_id or uuid.uuid4().hex
         prompts = _as_token_ids(body, text)
-        jobs = [make_job(service, identity, prompt, body) for prompt in prompts]
+        jobs = [make_job(service, identity, prompt, body, body.cache_salt) for prompt in prompts]
         answers = await _unless_gone(request, asyncio.gather(*(service.generate(job, request_id) for job in jobs)))
         choices = []
         for prompt, samples in zip(prompts, answers, strict=True):
@@ -75,12 +75,13 @@ def _add_generation(app: FastAPI, service: Service, identity: Identity, text: Te
                 written, sample = _as_text(sample, body, text)
                 choices.append(wire.completion_choice(len(choices), sample, written, prompt, body))
         made = sum(len(sample.token_ids) for samples in answers for sample in samples)
+        cached = sum(samples[0].cached_tokens for samples in answers)
         return _json({
             "id": f"cmpl-{request_id}",
             "object": "text_completion",
             "model": identity.model,
             "choices": choices,
-            "usage": wire.usage(sum(map(len, prompts)), made),
+            "usage": wire.usage(sum(map(len, prompts)), made, cached),
         })  # fmt: skip
 
 
@@ -113,6 +114,7 @@ def _add_information(app: FastAPI, service: Service, identity: Identity, text: T
             "max_model_len": identity.max_model_len,
             "logprob_kind": "processed",
             "weight_version": service.version,
+            "sleeping": bool(service.sleep.asleep),
         }
 
     @app.get("/tokenizer_info")
@@ -122,7 +124,9 @@ def _add_information(app: FastAPI, service: Service, identity: Identity, text: T
         return text.info()
 
 
-def make_job(service: Service, identity: Identity, prompt: list[int], params: wire.SamplingParams) -> Job:
+def make_job(
+    service: Service, identity: Identity, prompt: list[int], params: wire.SamplingParams, cache_salt: str | None
+) -> Job:
     """Refusal 400 where the prompt does not fit the model."""
     wrong = next((token for token in prompt if not 0 <= token < identity.vocab_size), None)
     if not prompt or wrong is not None:
@@ -137,7 +141,7 @@ def make_job(service: Service, identity: Identity, prompt: list[int], params: wi
         )
     stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else identity.end_token_ids)
     return Job(
-        job_id=service.next_job_id(),
+        job_id=service.next_job_id(cache_salt),
         prompt=tuple(prompt),
         samples=params.n,
         max_tokens=params.max_tokens,
@@ -205,4 +209,5 @@ def _json(body: dict) -> JSONResponse:
 
 
 def _error(status: int, message: str, kind: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(status, message, kind), status_code=status)
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(error_body(status, message, kind), status_code=status, headers=headers)

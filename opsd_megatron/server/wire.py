@@ -37,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Accepted at these values and at null."""
 IRRELEVANT = frozenset({
-    "user", "cache_salt", "model", "detokenize", "spaces_between_special_tokens", "return_weight_versions",
+    "user", "model", "detokenize", "spaces_between_special_tokens", "return_weight_versions",
     "skip_reading_prefix_cache",
 })  # fmt: skip
 """Accepted at any value: nothing that this server returns depends on them."""
@@ -61,6 +61,8 @@ class Dialect(BaseModel):
 
 
 Probability = Annotated[float, Field(gt=0, le=1)]
+Salt = Annotated[str, Field(min_length=1, max_length=256)]
+"""Requests with different salts, or with none, share nothing in the prefix cache."""
 
 
 class SamplingParams(Dialect):
@@ -88,6 +90,7 @@ class GenerateRequest(Dialect):
     sampling_params: SamplingParams
     request_id: str | None = Field(None, max_length=256)
     return_token_ids: bool | None = None
+    cache_salt: Salt | None = None
 
     @model_validator(mode="after")
     def refuse_stop_strings(self):
@@ -102,6 +105,7 @@ class CompletionRequest(SamplingParams):
     add_special_tokens: bool = True
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    cache_salt: Salt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +128,7 @@ def generate_reply(request_id: str, model: str, server_id: str, prompt: list[int
         "model": model,
         "created": int(time.time()),
         "output_mode": "tokens",
-        "usage": usage(len(prompt), made),
+        "usage": usage(len(prompt), made, samples[0].cached_tokens),
         "server_id": server_id,
         "choices": [generate_choice(index, sample) for index, sample in enumerate(samples)],
         **raw,
@@ -174,5 +178,10 @@ def spans(sample: Sample) -> list[dict]:
     return [{"version": span.version, "start": span.start, "end": span.end} for span in sample.spans]
 
 
-def usage(prompt_tokens: int, made: int) -> dict:
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+def usage(prompt_tokens: int, made: int, cached_tokens: int) -> dict:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
