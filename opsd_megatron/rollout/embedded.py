@@ -129,14 +129,14 @@ class EmbeddedBackend:
             has_atomic_updates=True,
             has_checksum=True,
             can_score=False,
-            can_sleep=False,
+            can_sleep=True,
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         raise Unsupported(f"{self.url} does not score prompts")
 
     def flush_cache(self) -> None:
-        """A swap leaves nothing to flush."""
+        self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
 
     def world_size(self) -> int:
         return 1
@@ -151,10 +151,10 @@ class EmbeddedBackend:
         pass
 
     def sleep(self) -> None:
-        raise Unsupported(f"{self.url} cannot sleep")
+        self._call("POST", "/sleep?level=2", timeout=UPDATE_S)
 
     def wake(self, what: Sequence[Memory]) -> None:
-        raise Unsupported(f"{self.url} cannot sleep")
+        self._call("POST", "/wake_up", params={"tags": list(what)}, timeout=UPDATE_S)
 
     def pause(self, mode: PauseMode) -> None:
         self._call("POST", f"/pause?mode={mode}", timeout=UPDATE_S)

@@ -21,12 +21,15 @@ def parse_generate(body: Any, request: GenerateRequest, vocab_size: int) -> Gene
     for number, choice in enumerate(choices):
         _require(_get(choice, "index", int, where) == number, f"{where}: sample {number} is out of order")
         samples.append(_sample(choice, request, vocab_size, f"{where}, sample {number}"))
-    prompt_tokens = _get(_get(body, "usage", dict, where), "prompt_tokens", int, where)
+    usage = _get(body, "usage", dict, where)
+    prompt_tokens = _get(usage, "prompt_tokens", int, where)
     _require(
         prompt_tokens == len(request.token_ids),
         f"{where} counts {prompt_tokens} prompt tokens, {len(request.token_ids)} were sent",
     )
-    return GenerateResult(request.request_id, tuple(samples), prompt_tokens, str(body.get("server_id", "")))
+    details = usage.get("prompt_tokens_details") or {}
+    cached = _get(details, "cached_tokens", int, where) if "cached_tokens" in details else None
+    return GenerateResult(request.request_id, tuple(samples), prompt_tokens, str(body.get("server_id", "")), cached)
 
 
 def parse_info(body: Any) -> ServerInfo:

@@ -110,7 +110,14 @@ def test_a_sleeping_server_is_healthy_says_so_and_answers_503(fast):
         assert client.get("/health").status_code == 200 and client.post("/inference/v1/generate", json=body).is_success
         assert client.post("/sleep?level=3").status_code == 400
         assert client.post("/reset_prefix_cache").json() == {"success": True}
-        assert backend.generate(requests(2))[1].samples[0].finish_reason == "length"
+        assert backend.capabilities().can_sleep
+        backend.sleep()
+        backend.wake(["weights"])
+        backend.update_from_disk(OLD, OLD)
+        backend.wake(["kv_cache"])
+        backend.flush_cache()
+        result = backend.generate(requests(2))[1]
+        assert result.samples[0].finish_reason == "length" and result.cached_tokens == 0
 
 
 async def begun(service) -> bool:
