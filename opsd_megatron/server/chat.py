@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field, model_validator
 from opsd_megatron.server.engine import Job
 from opsd_megatron.server.jobs import STREAM, Served, reply
 from opsd_megatron.server.refusal import Refusal
+from opsd_megatron.server.requests import Sample
 from opsd_megatron.server.scoring import TokenScore
-from opsd_megatron.server.service import Sample
 from opsd_megatron.server.streaming import Run, stream, unless_gone
 from opsd_megatron.server.text import Text
 from opsd_megatron.server.wire import Dialect, Span, TextRequest, Usage, spans, usage
@@ -128,6 +128,7 @@ def chat_routes(served: Served) -> APIRouter:
             is_streamed=body.stream or bool(body.stops),
             scored="all" if body.needs_scores else None,
             top_logprobs=body.top_logprobs,
+            cache_salt=body.cache_salt,
         )
         request_id = body.request_id or uuid.uuid4().hex
         run = Run(served.service, [job], request_id, served.writings([job], body))
@@ -144,7 +145,11 @@ def chat_routes(served: Served) -> APIRouter:
             choices.append(frame)
         return reply(
             head
-            | {"object": "chat.completion", "choices": choices, "usage": usage(len(prompt), samples)}
+            | {
+                "object": "chat.completion",
+                "choices": choices,
+                "usage": usage(len(prompt), samples, samples[0].cached_tokens),
+            }
             | {"prompt_token_ids": prompt if body.return_token_ids else None}
         )
 
@@ -167,7 +172,7 @@ async def _events(run: Run, head: dict, job: Job, body: ChatRequest, text: Text)
         yield head | {"choices": [choice | ({"token_ids": delta.token_ids} if body.return_token_ids else {})]}
         samples += [delta.sample] if delta.sample else []
     if body.wants_usage_event:
-        yield head | {"choices": [], "usage": usage(len(job.prompt), samples)}
+        yield head | {"choices": [], "usage": usage(len(job.prompt), samples, samples[0].cached_tokens)}
 
 
 def _frame(index: int, sample: Sample | None, writing: Writing) -> dict:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, model_validator
 from opsd_megatron.server.engine import Job
 from opsd_megatron.server.jobs import STREAM, Served, reply
 from opsd_megatron.server.refusal import Refusal
+from opsd_megatron.server.requests import Sample
 from opsd_megatron.server.scoring import TokenScore
-from opsd_megatron.server.service import Sample
 from opsd_megatron.server.streaming import Run, stream, unless_gone
 from opsd_megatron.server.text import Text
 from opsd_megatron.server.wire import Span, TextRequest, Usage, spans, usage
@@ -97,6 +97,7 @@ def completion_routes(served: Served) -> APIRouter:
                 is_streamed=body.stream or bool(body.stops),
                 scored="all" if body.needs_scores else None,
                 top_logprobs=body.logprobs or 0,
+                cache_salt=body.cache_salt,
             )
             for prompt in prompts
         ]
@@ -222,4 +223,5 @@ def _frame(index: int, text: str, sample: Sample | None, writing: Writing, logpr
 
 
 def _usage(jobs: list[Job], samples: list[Sample]) -> dict:
-    return usage(sum(len(job.prompt) for job in jobs), samples)
+    firsts = accumulate((job.samples for job in jobs[:-1]), initial=0)
+    return usage(sum(len(job.prompt) for job in jobs), samples, sum(samples[first].cached_tokens for first in firsts))

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from opsd_megatron.server.refusal import Refusal
 from opsd_megatron.server.service import PauseMode, Service
+from opsd_megatron.server.sleep import sleep_routes
 from opsd_megatron.server.transfer import Described, InitInfo, beside_the_loop
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def control_routes(service: Service) -> APIRouter:
     _add_pausing(router, service)
     _add_updating(router, service)
     _add_groups(router, service)
+    router.include_router(sleep_routes(service))
     return router
 
 
@@ -92,6 +94,10 @@ def _add_pausing(router: APIRouter, service: Service) -> None:
     async def abort_requests(body: AbortRequest | None = None):
         ids = body.request_ids if body else None
         return {"status": "aborted", "aborted": await service.abort(ids or None)}
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(reset_running_requests: bool = False):
+        return {"success": await service.reset_prefix_cache(reset_running_requests)}
 
 
 def _add_updating(router: APIRouter, service: Service) -> None:

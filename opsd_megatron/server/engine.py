@@ -13,6 +13,7 @@ class Job:
     """One prompt to be continued `samples` times."""
 
     job_id: str
+    """Names that end in the digest of different cache salts share no blocks of a prefix cache."""
     prompt: tuple[int, ...]
     samples: int
     max_tokens: int
@@ -49,11 +50,13 @@ class Continuation:
     """Nats, of the model's own distribution; None where the engine does not keep them."""
     error: str | None = None
     is_finished: bool = True
+    cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache; for samples that share one prefill, those of the first."""
 
     def first(self, count: int) -> "Continuation":
         """Its first `count` tokens."""
         raw = None if self.raw_logprobs is None else self.raw_logprobs[:count]
-        return Continuation(self.token_ids[:count], self.logprobs[:count], raw)
+        return Continuation(self.token_ids[:count], self.logprobs[:count], raw, cached_tokens=self.cached_tokens)
 
 
 Deliver = Callable[[SampleKey, Continuation], None]
@@ -85,8 +88,23 @@ class Engine(Protocol):
         """What each unfinished sample has so far; only while frozen. Samples that have nothing may be missing."""
         ...
 
-    def weights_changed(self) -> None:
-        """Called while frozen, after the model's parameters were overwritten."""
+    def drop_cache(self) -> None:
+        """While frozen: no later token is computed from keys and values of before. Unfinished samples keep their tokens
+        and compute those keys again."""
+        ...
+
+    def release_cache(self) -> None:
+        """`drop_cache`, and the memory is given back; the engine stays frozen until `restore_cache`."""
+        ...
+
+    def restore_cache(self) -> None: ...
+
+    def waiting(self) -> set[str]:
+        """Jobs of which some sample has not begun, or has to begin again; at any time, from any thread."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """Values of the metrics that only the engine knows; at any time, from any thread."""
         ...
 
     def is_alive(self) -> bool: ...

@@ -36,7 +36,9 @@ class ExactEngine:
         self._freezes = 0
         self._is_parked = False
         self._is_stopping = False
-        self._epoch = 0
+        self._cache: DynamicCache | None = None
+        self._prefilled: tuple[DynamicCache, Tensor] | None = None
+        self._prefilled_tokens = 0
         self._thread = threading.Thread(target=self._run, name="exact-engine", daemon=True)
 
     def start(self, deliver: Deliver) -> None:
@@ -67,8 +69,20 @@ class ExactEngine:
     def in_flight(self) -> dict[SampleKey, Continuation]:
         return copy.deepcopy(self._partial)
 
-    def weights_changed(self) -> None:
-        self._epoch += 1
+    def drop_cache(self) -> None:
+        self._cache = self._prefilled = None
+
+    def release_cache(self) -> None:
+        self.drop_cache()
+
+    def restore_cache(self) -> None:
+        """It grows with each sequence; there is nothing to take in advance."""
+
+    def waiting(self) -> set[str]:
+        return {job.job_id for job in list(self._jobs)}
+
+    def figures(self) -> dict[str, float]:
+        return {"prefill_tokens_total": self._prefilled_tokens}
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -90,7 +104,7 @@ class ExactEngine:
                 self._partial.pop(key, None)
                 if result is not None:
                     self._deliver(key, result)
-            self._prefilled = None
+            self.drop_cache()
 
     def _next_job(self) -> Job | None:
         """None when stopping. Parked while frozen or idle."""
@@ -113,22 +127,20 @@ class ExactEngine:
                 self._park_until(lambda: self._is_stopping or not self._freezes)
             return not self._is_stopping and key not in self._cancelled
 
-    _prefilled: tuple[int, DynamicCache, Tensor] | None = None
-
     @torch.inference_mode()
     def _continue(self, job: Job, key: SampleKey) -> Continuation | None:
         seed = secrets.randbits(62) if job.seed is None else job.seed + key[1]
         generator = torch.Generator().manual_seed(seed % 2**63)
         result = self._partial[key] = Continuation([], [], [])
         assert result.raw_logprobs is not None
-        epoch, cache, logits = -1, DynamicCache(), torch.empty(0)
+        self._cache = None
         while True:
             if not self._may_go_on(key):
                 return None
-            if epoch != self._epoch:
-                epoch, cache, logits = self._prefill(job, result.token_ids)
-            elif result.token_ids:
-                logits = self._forward(result.token_ids[-1:], cache)
+            if self._cache is None:
+                logits = self._prefill(job, result.token_ids)
+            else:
+                logits = self._forward(result.token_ids[-1:], self._cache)
             token, logprob = choose(logits, job, generator)
             result.token_ids.append(token)
             result.logprobs.append(logprob)
@@ -138,17 +150,16 @@ class ExactEngine:
             if job.is_streamed:
                 self._deliver(key, replace(copy.deepcopy(result), is_finished=False))
 
-    def _prefill(self, job: Job, generated: list[int]) -> tuple[int, DynamicCache, Tensor]:
-        """(epoch of the weights, cache, logits after prompt and `generated`); the prompt's is shared by its samples."""
-        epoch = self._epoch
-        if self._prefilled is None or self._prefilled[0] != epoch:
+    def _prefill(self, job: Job, generated: list[int]) -> Float32[Tensor, "vocab"]:
+        """Logits after prompt and `generated`, whose keys are then in the cache; the prompt's serve all its samples."""
+        if self._prefilled is None:
             cache = DynamicCache()
-            self._prefilled = epoch, cache, self._forward(list(job.prompt), cache)
-        _, cache, logits = self._prefilled
-        cache = copy.deepcopy(cache)
+            self._prefilled = cache, self._forward(list(job.prompt), cache)
+            self._prefilled_tokens += len(job.prompt)
+        self._cache, logits = copy.deepcopy(self._prefilled[0]), self._prefilled[1]
         for token in generated:
-            logits = self._forward([token], cache)
-        return epoch, cache, logits
+            logits = self._forward([token], self._cache)
+        return logits
 
     def _forward(self, token_ids: list[int], cache: DynamicCache) -> Float32[Tensor, "vocab"]:
         inputs = torch.tensor([token_ids], device=self.model.device)

@@ -3,7 +3,7 @@
 Everything that leans on its private side is in this file:
   - the log-probs it returns are those after temperature, top-k and top-p;
   - per-request sampling exists only where the settings at creation are not neutral;
-  - blocks that requests share would hold keys of older weights after a swap, so sharing is off;
+  - blocks that requests share would hold keys of older weights after a swap, so all are dropped then (prefix_cache.py);
   - a batch that is computed ahead would blur which weights made a token, so that is off too;
   - n samples of a prompt are forked after its prefill, through a number that is read when a request is added.
 """
@@ -11,6 +11,7 @@ Everything that leans on its private side is in this file:
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.utils import is_flash_attn_2_available
 
 from opsd_megatron.errors import ConfigError
-from opsd_megatron.server import varlen_attention
+from opsd_megatron.server import prefix_cache, varlen_attention
 from opsd_megatron.server.engine import Continuation, Deliver, Job, SampleKey
+from opsd_megatron.server.prefix_cache import CHILD, PrefixScheduler
 
 log = logging.getLogger(__name__)
-CHILD = "__child#"
 
 
 class FastEngine:
@@ -50,11 +51,13 @@ class FastEngine:
         else:
             varlen_attention.register()
             model.config._attn_implementation = varlen_attention.NAME
+        prefix_cache.register()
         settings = ContinuousBatchingConfig(
             page_size=page_tokens,
             num_blocks=None if cache_tokens is None else -(-cache_tokens // page_tokens),
             max_batch_tokens=batch_tokens,
-            allow_block_sharing=False,
+            allow_block_sharing=True,
+            scheduler_type=prefix_cache.NAME,
             use_async_batching=False,
             use_cuda_graph=False,
             return_logprobs=True,
@@ -70,14 +73,14 @@ class FastEngine:
         self._freezes: list[contextlib.ExitStack] = []
 
     def start(self, deliver: Deliver) -> None:
-        self.manager.output_router = _Router(asyncio.get_running_loop(), deliver)
+        self.manager.output_router = _Router(asyncio.get_running_loop(), deliver, lambda: self._scheduler)
         self.manager.start()
 
     def submit(self, job: Job) -> None:
         can_fork = len(job.prompt) > 1  # the fork happens before the last prompt token
         self.manager.num_return_sequences = job.samples if can_fork else 1
         for key in job.keys[:1] if can_fork else job.keys:
-            self.manager.add_request(
+            accepted = self.manager.add_request(
                 list(job.prompt),
                 request_id=_name(key),
                 max_new_tokens=job.max_tokens,
@@ -87,6 +90,8 @@ class FastEngine:
                 top_k=1 if job.temperature == 0 else (job.top_k or self.vocab_size),
                 top_p=float(job.top_p),
             )
+            if accepted is None:
+                raise RuntimeError("the engine has stopped and takes no requests; restart the server")
 
     def cancel(self, keys: list[SampleKey]) -> None:
         for key in keys:
@@ -101,12 +106,45 @@ class FastEngine:
         self._freezes.pop().close()
 
     def in_flight(self) -> dict[SampleKey, Continuation]:
-        scheduler = self.manager.batch_processor.scheduler
+        scheduler = self._scheduler
         states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
         return {_key(state.request_id): _continuation(state.to_generation_output()) for state in states}
 
-    def weights_changed(self) -> None:
-        pass
+    def waiting(self) -> set[str]:
+        states = [*self.manager.input_queue.queue, *self._scheduler.waiting_requests.values()]
+        return {_key(state.request_id)[0] for state in states}
+
+    def figures(self) -> dict[str, float]:
+        scheduler = self._scheduler
+        return {
+            "cache_usage_ratio": scheduler.usage,
+            "prefix_cache_queries_total": scheduler.counts["queried_tokens"],
+            "prefix_cache_hits_total": scheduler.counts["found_tokens"],
+            "prefill_tokens_total": scheduler.counts["prefilled_tokens"],
+            "cache_evictions_total": scheduler.allocator.ledger.evicted_blocks,
+            "preemptions_total": scheduler.counts["preemptions"],
+        }
+
+    def drop_cache(self) -> None:
+        self._scheduler.restart_all()
+
+    def release_cache(self) -> None:
+        self.drop_cache()
+        storage = self._scheduler.cache.cache_tensor.untyped_storage()
+        self._cache_bytes = storage.nbytes()
+        storage.resize_(0)
+
+    def restore_cache(self) -> None:
+        cache = self._scheduler.cache
+        cache.cache_tensor.untyped_storage().resize_(self._cache_bytes)
+        cache.cache_tensor[
+            : 2 * cache.bytes_per_sector
+        ].zero_()  # read by padding; the rest is written before it is read
+
+    @property
+    def _scheduler(self) -> PrefixScheduler:
+        """Of the engine's thread: counts may be read at any time, the rest while frozen."""
+        return self.manager.batch_processor.scheduler
 
     def is_alive(self) -> bool:
         return self.manager.is_running()
@@ -121,16 +159,19 @@ class FastEngine:
 class _Router(OutputRouter):
     """Finished requests of one batch, to the event loop in one call."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Deliver):
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Deliver, scheduler: Callable[[], PrefixScheduler]):
         super().__init__()
-        self._loop, self._deliver = loop, deliver
+        self._loop, self._deliver, self._scheduler = loop, deliver, scheduler
 
     def deliver(self, output) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list) -> None:
-        results = [(_key(output.request_id), _continuation(output)) for output in outputs]
+        results = [(_key(output.request_id), _continuation(output, self._cached(output))) for output in outputs]
         self._loop.call_soon_threadsafe(lambda: [self._deliver(*result) for result in results])
+
+    def _cached(self, output) -> int:
+        return 0 if output.error else self._scheduler().cached_tokens.pop(output.request_id, 0)
 
 
 def _name(key: SampleKey) -> str:
@@ -144,8 +185,10 @@ def _key(request_id: str) -> SampleKey:
     return (job_id, int(number) + 1) if is_fork else (job_id, 0)
 
 
-def _continuation(output) -> Continuation:
-    return Continuation(output.generated_tokens, output.logprobs, None, output.error, output.is_finished())
+def _continuation(output, cached_tokens: int = 0) -> Continuation:
+    return Continuation(
+        output.generated_tokens, output.logprobs, None, output.error, output.is_finished(), cached_tokens
+    )
 
 
 class _TopK(warpers.ContinuousBatchingTopKLogitsWarper):

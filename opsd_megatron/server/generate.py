@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from opsd_megatron.server.engine import Job
 from opsd_megatron.server.jobs import STREAM, Served, reply
+from opsd_megatron.server.requests import Sample
 from opsd_megatron.server.scoring import TokenScore
-from opsd_megatron.server.service import Sample
 from opsd_megatron.server.streaming import Run, stream, unless_gone
 from opsd_megatron.server.text import Text
 from opsd_megatron.server.wire import Sampling, Span, Streamable, Usage, spans, usage
@@ -95,6 +95,7 @@ def generate_routes(served: Served) -> APIRouter:
             is_streamed=body.stream,
             scored=None if top is None else "prompt",
             top_logprobs=top or 0,
+            cache_salt=body.cache_salt,
         )
         run = Run(served.service, [job], request_id, [Writing.of_nothing() for _ in range(job.samples)])
         if body.stream:
@@ -112,7 +113,7 @@ def _body(served: Served, body: GenerateRequest, job: Job, samples: list[Sample]
         "model": served.identity.model,
         "created": int(time.time()),
         "output_mode": "tokens",
-        "usage": usage(len(job.prompt), samples),
+        "usage": usage(len(job.prompt), samples, samples[0].cached_tokens),
         "server_id": served.identity.server_id,
         "prompt_logprobs": None if scores is None else _prompt_logprobs(body.token_ids, scores, served.text),
         "prompt_token_ids": body.token_ids if body.return_token_ids else None,
@@ -131,7 +132,7 @@ async def _events(run: Run, body: GenerateRequest, request_id: str) -> AsyncGene
         yield head | {"choices": [_choice(delta.index, delta.token_ids, delta.logprobs, delta.sample)]}
         samples += [delta.sample] if delta.sample else []
     if body.wants_usage_event:
-        yield head | {"choices": [], "usage": usage(len(body.token_ids), samples)}
+        yield head | {"choices": [], "usage": usage(len(body.token_ids), samples, samples[0].cached_tokens)}
 
 
 def _choice(index: int, token_ids: list[int], logprobs: list[float], sample: Sample | None) -> dict:

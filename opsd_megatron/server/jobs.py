@@ -69,6 +69,7 @@ class Served:
         is_streamed: bool = False,
         scored: Literal["prompt", "all"] | None = None,
         top_logprobs: int = 0,
+        cache_salt: str | None = None,
     ) -> Job:
         """Refusal 400 where the prompt does not fit the model; `max_tokens` None takes the room that is left."""
         vocab, longest = self.identity.vocab_size, self.identity.max_model_len
@@ -85,7 +86,7 @@ class Served:
             )
         ends = frozenset() if params.ignore_eos else self.identity.end_token_ids
         return Job(
-            job_id=self.service.next_job_id(),
+            job_id=self.service.next_job_id(cache_salt),
             prompt=tuple(prompt),
             samples=params.n,
             max_tokens=max_tokens,

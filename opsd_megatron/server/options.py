@@ -50,6 +50,10 @@ class ServerOptions:
     """fast: tokens per page of the cache."""
     batch_tokens: int | None = None
     """fast: most tokens in one forward pass. Left out: what free GPU memory holds; on a CPU 8192."""
+    max_queued_requests: int | None = None
+    """Requests that may wait for their turn; more are refused with 503. Left out, any number."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens of the requests that may wait; once there are as many, more requests are refused with 503."""
     threads: int | None = None
     """CPU threads of a forward pass; left out, torch decides (OMP_NUM_THREADS)."""
     seed: int = 0

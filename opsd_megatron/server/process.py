@@ -15,6 +15,7 @@ import uvicorn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from opsd_megatron.errors import ConfigError
+from opsd_megatron.server.admission import QueueLimits
 from opsd_megatron.server.engine import Engine
 from opsd_megatron.server.exact import ExactEngine
 from opsd_megatron.server.fast import FastEngine
@@ -29,6 +30,7 @@ from opsd_megatron.server.weights import WeightStore
 log = logging.getLogger(__name__)
 CPU_CACHE_BYTES = 1 << 30
 STDIN = 0
+FINISH_S = 5.0
 
 
 def serve(options: ServerOptions, token: str, admin_token: str | None, listener: socket.socket) -> int:
@@ -39,15 +41,15 @@ def serve(options: ServerOptions, token: str, admin_token: str | None, listener:
     model = load_model(options)
     limit = options.max_model_len or model.config.get_text_config().max_position_embeddings
     cache_tokens = _cache_tokens(options, model, limit)
-    service = Service(
-        _engine(options, model, cache_tokens), WeightStore(model, options.weights_root), options.weight_version
-    )
+    limits = QueueLimits(options.max_queued_requests, options.max_queued_tokens)
+    weights = WeightStore(model, options.weights_root)
+    service = Service(_engine(options, model, cache_tokens), weights, options.weight_version, limits)
     app = build_app(service, _identity(options, model, limit), find_text(options.model))
     guarded = Guard(app, token, admin_token, options.max_body_mb << 20, options.max_bucket_mb << 20)
     config = uvicorn.Config(
         guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=10, timeout_keep_alive=75
     )
-    server = _Server(config)
+    server = _Server(config, service)
     if options.stop_with_parent:
         threading.Thread(target=_stop_at_end_of_input, args=(server,), daemon=True).start()
     log.info("loaded %s as %s; warming up for http://%s:%d", options.model, options.dtype, *listener.getsockname()[:2])
@@ -124,7 +126,16 @@ def _identity(options: ServerOptions, model: PreTrainedModel, limit: int) -> Ide
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that ends with exit code 0 on SIGTERM and SIGINT."""
+    """uvicorn that ends with exit code 0 on SIGTERM and SIGINT, after every open request has had its reply."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._service.finish_or_abort(FINISH_S))
+        await super().shutdown(sockets)
+        ending.cancel()
 
     @contextmanager
     def capture_signals(self):

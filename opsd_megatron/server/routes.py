@@ -50,6 +50,8 @@ class ServerInfo(BaseModel):
     max_model_len: int
     logprob_kind: Literal["processed"]
     weight_version: str
+    transports: list[str]
+    sleeping: bool
 
 
 def build_app(service: Service, identity: Identity, text: Text | None) -> FastAPI:
@@ -120,6 +122,7 @@ def _information(served: Served) -> APIRouter:
             "logprob_kind": "processed",
             "weight_version": service.version,
             "transports": service.transports,
+            "sleeping": bool(service.sleep.asleep),
         }
 
     return router
@@ -130,4 +133,5 @@ def _explain(error: Any) -> str:
 
 
 def _error(status: int, message: str, kind: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(status, message, kind), status_code=status)
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(error_body(status, message, kind), status_code=status, headers=headers)

@@ -5,72 +5,50 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Literal
 
+from opsd_megatron.server.admission import QueueLimits
 from opsd_megatron.server.engine import Continuation, Engine, Job, SampleKey
 from opsd_megatron.server.metrics import Metrics
+from opsd_megatron.server.prefix_cache import salt_suffix
 from opsd_megatron.server.refusal import Refusal
-from opsd_megatron.server.scoring import TokenScore, score_tokens
+from opsd_megatron.server.requests import FinishReason, Live, Sample, Watch, version_spans
+from opsd_megatron.server.scoring import score_tokens
+from opsd_megatron.server.sleep import Sleep
 from opsd_megatron.server.transfer import Receiver
 from opsd_megatron.server.weights import WeightStore
-from opsd_megatron.types import VersionSpan
 
 log = logging.getLogger(__name__)
-FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["keep", "wait", "abort"]
-Watch = Callable[[int, Continuation], int | None]
-"""Given a sample's number and what it has; returns after how many tokens it ends, None where it goes on."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One finished response and the versions of the weights that sampled its tokens."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    raw_logprobs: list[float] | None
-    finish_reason: FinishReason
-    stop_token: int | None
-    spans: list[VersionSpan]
-    scores: list[TokenScore] | None = None
-    """Of all tokens but the first that the job wants scored; None for an aborted sample."""
-
-
-@dataclass
-class Live:
-    """A job inside the engine."""
-
-    job: Job
-    request_id: str
-    done: asyncio.Future
-    marks: dict[SampleKey, list[tuple[str, int]]]
-    """For each sample (version, first token sampled by it), in order."""
-    watch: Watch | None = None
-    samples: dict[SampleKey, Sample] = field(default_factory=dict)
+WATCH_S = 1.0
 
 
 class Service:
     """One engine and its weights.
 
-    A swap waits until no request is in flight, so that no token is sampled from keys and values of older weights. Only
-    under `pause("keep")` are requests carried over a swap; their spans then say which tokens came from which version.
+    A swap waits until no request is in flight. Only under `pause("keep")` are requests carried over it: their spans
+    then say which tokens came from which version, and they compute their keys again, so that no token is ever sampled
+    from keys and values of older weights.
     """
 
-    def __init__(self, engine: Engine, weights: WeightStore, version: str):
-        self.engine, self.weights, self.version = engine, weights, version
+    def __init__(self, engine: Engine, weights: WeightStore, version: str, limits: QueueLimits):
+        self.engine, self.weights, self.version, self.limits = engine, weights, version, limits
         self.receiver = Receiver(weights.model.device)
-        self.metrics = Metrics()
-        self.metrics.gauge("requests_running", lambda: len(self._live))
-        self.metrics.gauge("is_paused", lambda: self.paused is not None)
         self.paused: PauseMode | None = None
         self.broken: str | None = None
+        self.is_stopping = False
+        self._last_update_s = 0.0
         self._live: dict[str, Live] = {}
-        self._names = (f"job-{number}" for number in itertools.count())
-        self._control = asyncio.Lock()
+        self._at_gate: dict[str, Job] = {}
+        self._numbers = itertools.count()
+        self.control = asyncio.Lock()
         self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-control")
+        self.sleep = Sleep(self)
+        self.metrics = Metrics(self._figures)
 
     async def start(self, vocab_size: int) -> None:
         """Ready once the engine has made its first tokens."""
@@ -78,14 +56,24 @@ class Service:
         self._gate.set()
         self._idle.set()
         self.engine.start(self._deliver)
+        self._watch = asyncio.create_task(self._fail_what_a_dead_engine_left())
         prompt = tuple(token % vocab_size for token in range(1, 9))
         job = Job("warm-up", prompt, 1, 2, 1.0, 1.0, 0, 0, frozenset())
         await asyncio.wait_for(self.generate(job, "warm-up"), timeout=600)
 
     async def stop(self) -> None:
+        self._watch.cancel()
         self.receiver.leave()
-        await self._in_engine_thread(self.engine.stop)
+        await self.in_engine_thread(self.engine.stop)
         self._engine_thread.shutdown()
+
+    async def finish_or_abort(self, patience_s: float) -> None:
+        """Takes nothing new; what still runs after `patience_s` ends with what it has."""
+        self.is_stopping = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), patience_s)
+        except TimeoutError:
+            log.info("stopping: %d requests end with what they have", await self.abort(None))
 
     @property
     def transports(self) -> list[str]:
@@ -94,21 +82,29 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        return self.broken is None and self.engine.is_alive()
+        """Sleeping is healthy; weights without content are not."""
+        can_answer = bool(self.sleep.asleep) or not self.weights.is_hollow
+        return self.broken is None and self.engine.is_alive() and can_answer
 
-    def next_job_id(self) -> str:
-        return next(self._names)
+    def next_job_id(self, cache_salt: str | None = None) -> str:
+        return f"job-{next(self._numbers)}{salt_suffix(cache_salt)}"
 
     async def generate(self, job: Job, request_id: str, watch: Watch | None = None) -> list[Sample]:
-        """One sample per `job.samples`, in order. Refusal 503 while paused (other than `keep`, which makes it wait).
+        """One sample per `job.samples`, in order. Refusal 503 while the server is paused (other than by `keep`, which
+        makes it wait) or asleep, and where too much waits already.
 
         `watch` sees every delivery of a streamed job and may end a sample.
         """
-        while True:
-            self._check_open()
-            if self._gate.is_set():
-                break
-            await self._gate.wait()
+        self._check_open()
+        if self.limits.are_set:
+            self._check_queue()
+        self._at_gate[job.job_id] = job
+        try:
+            while not self._gate.is_set():
+                await self._gate.wait()
+                self._check_open()
+        finally:
+            del self._at_gate[job.job_id]
         arrived = time.perf_counter()
         live = Live(job, request_id, asyncio.get_running_loop().create_future(), {}, watch)
         live.marks = {key: [(self.version, 0)] for key in job.keys}
@@ -121,8 +117,8 @@ class Service:
                 for key in job.keys:
                     self._finish(live, key, Continuation(), "length")
             samples = await live.done
-            return samples if job.scored is None else await self._in_engine_thread(lambda: self._score(live, samples))
-        except asyncio.CancelledError:
+            return samples if job.scored is None else await self.in_engine_thread(lambda: self._score(live, samples))
+        except BaseException:  # hung up, or one sample failed: the others are of no use
             self.engine.cancel(job.keys)
             raise
         finally:
@@ -130,75 +126,79 @@ class Service:
             self._count(live, time.perf_counter() - arrived)
 
     async def pause(self, mode: PauseMode) -> None:
-        async with self._control:
+        async with self.control:
             if self.paused == mode:
                 return
             if self.paused is not None:
                 raise Refusal(409, f"already paused with mode={self.paused}; POST /resume first")
+            if mode == "wait" and self.sleep.is_held and self._live:
+                raise Refusal(409, "requests that sleep cannot finish; POST /wake_up first")
             self.paused = mode
             self._gate.clear()
             if mode == "wait":
                 await self._idle.wait()
-            await self._in_engine_thread(self.engine.freeze)
+            await self.in_engine_thread(self.engine.freeze)
             if mode == "abort":
-                self._abort(list(self._live.values()))
+                self.end_all()
 
     async def resume(self) -> None:
-        async with self._control:
+        async with self.control:
             if self.paused is not None:
-                await self._in_engine_thread(self.engine.thaw)
+                await self.in_engine_thread(self.engine.thaw)
                 self.paused = None
-                self._gate.set()
+                self.open_gate()
 
     async def abort(self, request_ids: Sequence[str] | None) -> int:
         """Number of requests ended with what they have; None ends all."""
-        async with self._control:
+        async with self.control:
             wanted = None if request_ids is None else {name.removeprefix("generate-tokens-") for name in request_ids}
-            await self._in_engine_thread(self.engine.freeze)
-            try:
+            async with self.frozen():
                 chosen = [live for live in self._live.values() if wanted is None or live.request_id in wanted]
-                self._abort(chosen)
-            finally:
-                await self._in_engine_thread(self.engine.thaw)
+                self.end(chosen)
             return len(chosen)
 
     async def publish_staged(self, version: str) -> float:
         """Swaps the staged weights in and returns for how many seconds nothing was generated."""
-        async with self._control:
+        async with self.control:
             self.weights.check_complete()
-            was_paused = self.paused is not None
             self._gate.clear()
             replaced = []
             try:
-                if not was_paused:
+                if self.paused is None and not self.sleep.is_held:
                     await self._idle.wait()
                 started = time.perf_counter()
-                await self._in_engine_thread(self.engine.freeze)
-                try:
+                async with self.frozen():
                     replaced = await self._swap(version)
-                finally:
-                    await self._in_engine_thread(self.engine.thaw)
+                await self.sleep.go_on()
             finally:
-                if not was_paused:
-                    self._gate.set()
+                self.open_gate()
             seconds = time.perf_counter() - started
             replaced.clear()
+            self._last_update_s = seconds
             self.metrics.add("weight_update_seconds_total", seconds)
             return seconds
 
+    async def reset_prefix_cache(self, restart_running: bool) -> bool:
+        """False, and nothing is dropped, where requests hold blocks and may not be restarted."""
+        async with self.control, self.frozen():
+            if self.engine.in_flight() and not restart_running:
+                return False
+            await self.in_engine_thread(self.engine.drop_cache)
+            return True
+
     async def checksums(self) -> dict[str, str]:
-        async with self._control:
+        async with self.control:
             return await asyncio.to_thread(self.weights.checksums)
 
     async def _swap(self, version: str) -> list:
         """What was replaced, to be dropped when the engine runs again."""
         progress = self.engine.in_flight()
         try:
-            replaced = await self._in_engine_thread(self.weights.swap)
+            replaced = await self.in_engine_thread(self.weights.swap)
         except Exception as error:
             self.broken = f"a weight swap failed half-way ({error}); restart the server or publish again"
             raise
-        self.engine.weights_changed()
+        await self.in_engine_thread(self.engine.drop_cache)
         self.version, self.broken = version, None
         for live in self._live.values():
             for key in live.marks.keys() - live.samples.keys():
@@ -210,8 +210,8 @@ class Service:
         live = self._live.get(key[0])
         if live is None or live.done.done() or key in live.samples:
             return
-        if result.error is not None:
-            live.done.set_exception(RuntimeError(f"the engine failed: {result.error}"))
+        if result.error is not None or not result.token_ids:
+            live.done.set_exception(RuntimeError(f"the engine failed: {result.error or 'a response without tokens'}"))
             return
         try:
             end = live.watch(key[1], result) if live.watch else None
@@ -232,8 +232,14 @@ class Service:
         stop_token = last if last in live.job.stop_token_ids else None
         spans = version_spans(live.marks[key], len(result.token_ids))
         live.samples[key] = Sample(
-            result.token_ids, result.logprobs, result.raw_logprobs, reason, stop_token, spans
-        )  # fmt: skip
+            result.token_ids,
+            result.logprobs,
+            result.raw_logprobs,
+            reason,
+            stop_token,
+            spans,
+            cached_tokens=result.cached_tokens,
+        )
         if len(live.samples) == live.job.samples and not live.done.done():
             live.done.set_result([live.samples[key] for key in live.job.keys])
 
@@ -255,7 +261,10 @@ class Service:
         finally:
             self.engine.thaw()
 
-    def _abort(self, lives: list[Live]) -> None:
+    def end_all(self) -> None:
+        self.end(list(self._live.values()))
+
+    def end(self, lives: list[Live]) -> None:
         """Ends these with what they have; the engine is frozen."""
         progress = self.engine.in_flight()
         for live in lives:
@@ -270,13 +279,70 @@ class Service:
         if not self._live:
             self._idle.set()
 
+    def open_gate(self) -> None:
+        """New requests enter the engine, unless something else still keeps them out."""
+        if self.paused is None and not self.sleep.is_held:
+            self._gate.set()
+
+    def close_gate(self) -> None:
+        self._gate.clear()
+
+    def turn_away_who_waits(self) -> None:
+        """Who waits at the closed gate looks again whether the server is open at all."""
+        self._gate.set()
+        self._gate.clear()
+
+    async def until_idle(self) -> None:
+        await self._idle.wait()
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        await self.in_engine_thread(self.engine.freeze)
+        try:
+            yield
+        finally:
+            await self.in_engine_thread(self.engine.thaw)
+
     def _check_open(self) -> None:
         if self.broken:
             raise Refusal(503, self.broken)
         if not self.engine.is_alive():
             raise Refusal(503, "the engine has stopped; restart the server")
+        if self.is_stopping:
+            raise Refusal(503, "the server is stopping")
+        self.sleep.check_awake()
         if self.paused in ("wait", "abort"):
             raise Refusal(503, "the server is paused; try again after /resume")
+
+    def _waiting(self) -> list[Job]:
+        names = self.engine.waiting()
+        return [*self._at_gate.values(), *(live.job for name, live in self._live.items() if name in names)]
+
+    def _check_queue(self) -> None:
+        try:
+            self.limits.check(self._waiting())
+        except Refusal:
+            self.metrics.add("admission_rejections_total")
+            raise
+
+    async def _fail_what_a_dead_engine_left(self) -> None:
+        """A request that reaches an engine as it dies is told of it by nobody else."""
+        while self.engine.is_alive():
+            await asyncio.sleep(WATCH_S)
+        for live in list(self._live.values()):
+            if not live.done.done():
+                live.done.set_exception(RuntimeError("the engine has stopped; restart the server"))
+
+    def _figures(self) -> dict[str, float]:
+        waiting = len(self._waiting())
+        return {
+            "requests_waiting": waiting,
+            "requests_running": len(self._live) + len(self._at_gate) - waiting,
+            "last_weight_update_seconds": self._last_update_s,
+            "is_paused": self.paused is not None,
+            "is_sleeping": bool(self.sleep.asleep),
+            **self.engine.figures(),
+        }
 
     def _count(self, live: Live, seconds: float) -> None:
         outcome = "ok" if len(live.samples) == live.job.samples else "failed"
@@ -287,11 +353,5 @@ class Service:
             self.metrics.add("samples_total", finish_reason=sample.finish_reason)
             self.metrics.add("generation_tokens_total", len(sample.token_ids))
 
-    async def _in_engine_thread(self, function):
+    async def in_engine_thread(self, function):
         return await asyncio.get_running_loop().run_in_executor(self._engine_thread, function)
-
-
-def version_spans(marks: list[tuple[str, int]], length: int) -> list[VersionSpan]:
-    """Contiguous spans over [0, length); versions that sampled nothing are left out."""
-    ends = [start for _, start in marks[1:]] + [length]
-    return [VersionSpan(version, start, end) for (version, start), end in zip(marks, ends, strict=True) if end > start]

@@ -12,7 +12,8 @@ from starlette.responses import StreamingResponse
 
 from opsd_megatron.server.engine import Continuation, Job
 from opsd_megatron.server.refusal import Refusal, error_body
-from opsd_megatron.server.service import Sample, Service
+from opsd_megatron.server.requests import Sample
+from opsd_megatron.server.service import Service
 from opsd_megatron.server.writing import Writing
 
 

@@ -36,6 +36,10 @@ class WeightStore:
         }  # fmt: skip
         self._staged: Staging | None = None
         self._rooms = Rooms()
+        self._shapes: dict[str, torch.Size] | None = None
+        self._kept: dict[str, Tensor] = {}
+        self.is_hollow = False
+        """The memory is there, but nothing has been written to it."""
 
     @property
     def is_updating(self) -> bool:
@@ -43,6 +47,7 @@ class WeightStore:
 
     def begin(self) -> None:
         """Starts with nothing staged; what an unfinished update had staged is gone."""
+        self._check_present()
         self._staged = Staging()
 
     def abort(self) -> None:
@@ -120,11 +125,40 @@ class WeightStore:
         replaced = [self.parameters[name].data for name in moved]
         for name in moved:
             self.parameters[name].data = flat[name]
-        staging, self._staged = self._open_update(), None
+        staging, self._staged, self.is_hollow = self._open_update(), None, False
         return replaced + self._rooms.serve(staging, keep=len(moved) == len(self.parameters))
+
+    @torch.no_grad()
+    def release(self, keep: bool) -> None:
+        """Gives the parameters' memory back. What they hold is kept in host memory (which on a CPU is where it is) or
+        lost."""
+        if self._shapes is None:
+            self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+            self._kept = {name: parameter.data.cpu() for name, parameter in self.parameters.items() if keep}
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.new_empty(0)
+        if not keep:
+            self._kept = {}
+        self._rooms = Rooms()
+        _return_to_device(self.model)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Takes the memory again; hollow where nothing was kept."""
+        if self._shapes is None:
+            return
+        for name, parameter in self.parameters.items():
+            kept = self._kept.get(name)
+            empty = parameter.data.new_empty(self._shapes[name]) if kept is None else kept.to(parameter.device)
+            parameter.data = empty
+        self.is_hollow = self.is_hollow or not self._kept
+        self._shapes, self._kept = None, {}
 
     def checksums(self) -> dict[str, str]:
         """sha256 of the bytes of each parameter."""
+        self._check_present()
+        if self.is_hollow:
+            raise Refusal(409, "the weights hold nothing since the server slept; publish weights first")
         return {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in self.parameters.items()}
 
     def _flat(self) -> dict[str, Tensor]:
@@ -133,7 +167,12 @@ class WeightStore:
     def _open_update(self) -> Staging:
         if self._staged is None:
             raise Refusal(409, "no weight update is open; POST /start_weight_update first", NO_UPDATE)
+        self._check_present()
         return self._staged
+
+    def _check_present(self) -> None:
+        if self._shapes is not None:
+            raise Refusal(409, "the weights sleep; POST /wake_up?tags=weights first")
 
     def _check(self, tensors: dict[str, Tensor], where: str) -> None:
         for name, tensor in tensors.items():
@@ -172,3 +211,9 @@ def _shards(directory: Path) -> list[Path]:
 
 def _raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _return_to_device(model: PreTrainedModel) -> None:
+    """Freed memory stays with torch's allocator, where others on the same GPU cannot have it."""
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()

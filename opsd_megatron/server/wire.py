@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from opsd_megatron.server.service import Sample
+from opsd_megatron.server.requests import Sample
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Accepted at these values and at null."""
 IRRELEVANT = frozenset({
-    "user", "cache_salt", "model", "detokenize", "spaces_between_special_tokens", "return_weight_versions",
+    "user", "model", "detokenize", "spaces_between_special_tokens", "return_weight_versions",
     "skip_reading_prefix_cache", "store", "metadata",
 })  # fmt: skip
 """Accepted at any value: nothing that this server returns depends on them."""
@@ -59,6 +59,10 @@ class Dialect(BaseModel):
         return self
 
 
+Salt = Annotated[str, Field(min_length=1, max_length=256)]
+"""Requests with different salts, or with none, share nothing in the prefix cache."""
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -68,6 +72,7 @@ class Streamable(Dialect):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    cache_salt: Salt | None = None
 
     @property
     def wants_usage_event(self) -> bool:
@@ -120,10 +125,15 @@ class Span(BaseModel):
     end: int
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ErrorInfo(BaseModel):
@@ -141,6 +151,11 @@ def spans(sample: Sample) -> list[dict]:
     return [{"version": span.version, "start": span.start, "end": span.end} for span in sample.spans]
 
 
-def usage(prompt_tokens: int, samples: list[Sample]) -> dict:
+def usage(prompt_tokens: int, samples: list[Sample], cached_tokens: int) -> dict:
     made = sum(len(sample.token_ids) for sample in samples)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

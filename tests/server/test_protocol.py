@@ -39,6 +39,10 @@ ROUTES = [
     ("GET", "/get_world_size"),
     ("POST", "/init_weight_transfer_engine"),
     ("POST", "/shutdown_weight_transfer_engine"),
+    ("POST", "/reset_prefix_cache"),
+    ("POST", "/sleep"),
+    ("POST", "/wake_up"),
+    ("GET", "/is_sleeping"),
     ("GET", "/openapi.json"),
     ("GET", "/nothing-here"),
 ]
@@ -86,7 +90,8 @@ def test_a_request_recorded_from_vllm_is_answered_in_vllms_shape(server):
     assert ours["request_id"] == theirs["request_id"]
     for name in ("index", "finish_reason", "stop_reason", "weight_versions"):
         assert shape(ours["choices"][1][name]) == shape(theirs["choices"][1][name])
-    assert {k: v for k, v in theirs["usage"].items() if v is not None} == ours["usage"]
+    counts = {k: v for k, v in theirs["usage"].items() if v is not None}
+    assert counts | {"prompt_tokens_details": {"cached_tokens": 0}} == ours["usage"]
 
 
 def test_all_that_is_generated_validates_against_vllms_schemas(server):
@@ -220,7 +225,8 @@ def test_completions_take_ids_and_batches_of_ids(exact):
     choice = single["choices"][0]
     assert choice["token_ids"] == batch["choices"][1]["token_ids"] and choice["prompt_token_ids"] == [5, 6]
     assert choice["logprobs"]["token_logprobs"] == batch["choices"][1]["logprobs"]["token_logprobs"]
-    assert single["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    counts = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert single["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     theirs = exchange["response"]["choices"][0]
     ours = recorded_reply["choices"][0]
     assert shape(theirs["token_ids"]) == shape(ours["token_ids"])
