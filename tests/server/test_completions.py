@@ -50,7 +50,8 @@ def test_max_tokens_0_scores_the_prompt_alone_and_nothing_is_sampled(server, old
     chosen = wanted_logprobs(old_model, prompt).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     assert float((torch.tensor(given["token_logprobs"][1:], dtype=torch.float64) - chosen).abs().max()) <= TOLERANCE
     assert single["token_logprobs"] == [None]
-    assert reply["usage"] == {"prompt_tokens": 31, "completion_tokens": 0, "total_tokens": 31}
+    counts = {"prompt_tokens": 31, "completion_tokens": 0, "total_tokens": 31}
+    assert reply["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     nothing = ask(server, "/v1/completions", 400, prompt=prompt, max_tokens=0)
     assert "echo=true" in nothing["error"]["message"]
 

@@ -12,7 +12,8 @@ from tests.server.serving import OLD, TOKEN, http, server_for
 ADMIN_TOKEN = "admin-token-of-the-tests"
 EXAMPLES = 4
 """Requests per route, and as many again that break its schema."""
-UNDO = {"/pause": "/resume"}
+WAITING = "/init_weight_transfer_engine"
+"""Not asked at random: for any address it waits until its time is up for a trainer to meet there."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,17 @@ def test_the_generate_token_opens_no_control_route(guarded):
     assert TOKEN not in guarded.log_path.read_text() and ADMIN_TOKEN not in guarded.log_path.read_text()
 
 
+def undo(server, path: str) -> None:
+    """So that the next route meets a server that generates."""
+    with EmbeddedBackend(server.url, TOKEN, admin_token=ADMIN_TOKEN) as backend:
+        if path == "/pause":
+            backend.resume()
+        elif path == "/sleep":
+            backend.wake(("weights",))
+            backend.update_from_disk(OLD, OLD)
+            backend.wake(("kv_cache",))
+
+
 def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documented(guarded):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
@@ -71,7 +83,7 @@ def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documente
     with http(guarded) as client:
         document = client.get("/openapi.json").json()
         operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
-        for operation in operations:
+        for operation in [one for one in operations if one.path != WAITING]:
             for mode in schemathesis.GenerationMode:
 
                 @few
@@ -81,8 +93,7 @@ def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documente
 
                 with contextlib.suppress(Unsatisfiable):  # a route without parameters cannot be asked wrongly
                     answer()
-                if undo := UNDO.get(operation.path):
-                    client.post(undo, headers=headers)
+                undo(guarded, operation.path)
         assert client.get("/health").status_code == 200
         assert client.post("/v1/completions", json={"prompt": [3], "max_tokens": 1}).is_success
     assert len(operations) == sum(map(len, document["paths"].values()))
