@@ -144,7 +144,7 @@ class EmbeddedBackend(VllmBackend):
             if error.status == 409 and any(
                 f'"{name}"' in error.body for name in ("NoUpdateOpenError", "NoTransferGroupError")
             ):
-                raise UpdateLost(f"{error}; did the server restart? Publish again") from error
+                raise UpdateLost(f"{error}; did the server restart? Then publish again") from error
             raise
 
 

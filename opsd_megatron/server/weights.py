@@ -30,6 +30,8 @@ class WeightStore:
         self.model = model
         self.root = root.resolve() if root else None
         self.parameters = dict(model.named_parameters())
+        for parameter in self.parameters.values():  # results depend on it in the last bit: those of later weights too
+            parameter.data = aligned(parameter.data)
         self.tied = {  # name -> the parameter that it repeats
             name: source for name, source in getattr(model, "all_tied_weights_keys", {}).items()
             if source in self.parameters and name not in self.parameters

@@ -57,7 +57,7 @@ class Sglang(Application):
         is_batch = isinstance(body["input_ids"][0], list)
         prompts = body["input_ids"] if is_batch else [body["input_ids"]]
         params = body["sampling_params"] if is_batch else [body["sampling_params"]]
-        ids = body.get("rid") or [f"made-{number}" for number in range(len(prompts))]
+        ids = body.get("rid") or [uuid.uuid4().hex for _ in prompts]
         ids = ids if is_batch or isinstance(ids, list) else [ids]
         if any(not 0 <= token < VOCAB for prompt in prompts for token in prompt):
             raise Failure(400, {"error": {"message": "a token id is out of the vocabulary"}})

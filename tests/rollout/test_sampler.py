@@ -118,7 +118,7 @@ def test_errors_survive_the_way_to_other_ranks():
 
 
 def test_a_server_killed_in_the_middle_is_waited_for_and_other_weights_are_noticed(root, tmp_path, old_model):
-    config = RolloutConfig(samples_per_prompt=1, max_response_tokens=600, seeded=True)
+    config = RolloutConfig(samples_per_prompt=1, max_response_tokens=250, seeded=True)
     server = server_for(root, OLD, "exact", tmp_path)
     with server, server.backend(retry_s=120) as backend, concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(sample_rollouts, PAIRS, backend, config, [], 1, 0, OLD)

@@ -135,7 +135,7 @@ def test_a_bad_update_is_refused_and_the_old_weights_go_on(exact, root):
         refused("is torch.bfloat16, expected torch.float32", {some: good[some].bfloat16()})
         refused("is no tensor of this model", {"model.layers.9.weight": good[some]})
         refused("in two buckets", good, {some: good[some]})
-        with pytest.raises(UpdateLost, match="Publish again"):
+        with pytest.raises(UpdateLost, match="publish again"):
             backend.finish_update("bad")
         assert [r.samples for r in backend.generate(requests(3))] == [r.samples for r in answers]
 
