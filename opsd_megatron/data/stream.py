@@ -36,18 +36,23 @@ class RecordStream:
         self.epoch, self.position = 0, 0  # position: records of this epoch that all ranks together have taken
         self._order = self._epoch_order(0)
 
-    def next_batch(self, prompts_per_step: int) -> tuple[int, ...]:
-        """This rank's record numbers for the next step of `prompts_per_step` prompts over all ranks.
-
-        Rank r gets the r-th run of prompts_per_step / dp_size neighbours, so that records which share a context meet
-        on one rank.
-        """
+    def share(self, prompts_per_step: int) -> int:
+        """Prompts of one replica; ConfigError where the replicas do not divide them."""
         share, rest = divmod(prompts_per_step, self.dp_size)
         if share < 1 or rest:
             raise ConfigError(
                 f"batch.prompts_per_step={prompts_per_step} is not a multiple of dp={self.dp_size}; "
                 f"set it to {max(1, share) * self.dp_size} or {(share + 1) * self.dp_size}"
             )
+        return share
+
+    def next_batch(self, prompts_per_step: int) -> tuple[int, ...]:
+        """This rank's record numbers for the next step of `prompts_per_step` prompts over all ranks.
+
+        Rank r gets the r-th run of prompts_per_step / dp_size neighbours, so that records which share a context meet
+        on one rank.
+        """
+        share = self.share(prompts_per_step)
         batch = [self._take() for _ in range(prompts_per_step)]
         return tuple(batch[self.dp_rank * share : (self.dp_rank + 1) * share])
 

@@ -22,7 +22,7 @@ AWAY = frozenset((502, 503, 504))
 class Refused(ServerRefused):
     """A final error status of the server."""
 
-    def __init__(self, message: str, status: int, body: str):
+    def __init__(self, message: str, status: int = 0, body: str = ""):
         super().__init__(message)
         self.status, self.body = status, body
 

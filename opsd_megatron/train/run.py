@@ -54,6 +54,7 @@ class Run:
         self._check_vocabulary()
         self.records = read_records(config.data.path)
         stream = ordered_stream(self.records, config.data, config.seed, self.mesh.dp.rank, self.mesh.dp.size)
+        stream.share(config.batch.prompts_per_step)  # said before anything is sent or trained
         if config.rollout.replay_from is None:
             self.sampling = Sampling(config, self.tokenizer, self.mesh)
             self.feed = LiveFeed(config, self.records, stream, self.tokenizer, self.sampling, self.mesh)

@@ -7,6 +7,7 @@ it does not know, here they are a violation. Run as a script; imports nothing of
 import hashlib
 import json
 import math
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
