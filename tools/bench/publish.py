@@ -82,7 +82,7 @@ def prepare_publication(settings: Namespace, transport):
 
 
 def paused_seconds(backend: EmbeddedBackend) -> float:
-    text = backend._http.get("/metrics").text
+    text = backend.http.once("GET", "/metrics").text
     lines = (line for line in text.splitlines() if line.startswith("opsd_weight_update_seconds_total"))
     return sum(float(line.split()[-1]) for line in lines)
 
