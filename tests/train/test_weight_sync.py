@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 
 from opsd_megatron.checkpoint.shard_plan import TensorSpec
-from opsd_megatron.config import ConfigError, ParallelConfig, RolloutConfig
+from opsd_megatron.config import ParallelConfig, RolloutConfig
+from opsd_megatron.errors import ConfigError
 from opsd_megatron.rollout.backend import (
     Capabilities,
     HalfUpdated,
