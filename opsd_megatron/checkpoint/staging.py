@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,20 @@ def write_file(
     with open(temporary, "wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
         for block in blocks:
             hashed = hasher.submit(digest.update, block)
-            written = 0
-            while written < len(block):
-                written += out.write(block[written:]) or 0
+            write_all(out, block)
             size += len(block)
             on_bytes(len(block))
             hashed.result()
         os.fsync(out.fileno())
     temporary.rename(path)
     return FileRecord(name, size, digest.hexdigest())
+
+
+def write_all(out: RawIOBase, block: Block) -> None:
+    """An unbuffered file may take less than it is given."""
+    written = 0
+    while written < len(block):
+        written += out.write(block[written:]) or 0
 
 
 def put_in_place(directory: Path, target: Path, aside: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from opsd_megatron.config import ChatTemplate, PlainTemplate
+from opsd_megatron.config import ChatTemplate, DataConfig, PlainTemplate
+from opsd_megatron.data.records import Records
 from opsd_megatron.data.schema import Document, Record
 from opsd_megatron.data.tokenizer import Tokenizer
 from opsd_megatron.data.trimming import evidence_only, parts_of, trim_context
@@ -39,6 +40,12 @@ def build_pair(
     student = build_prompt(record, "student", template, tokenizer, student_tokens)
     teacher = build_prompt(record, "teacher", template, tokenizer, teacher_tokens)
     return PromptPair(record.id, student.token_ids, teacher.token_ids, student.dropped_tokens)
+
+
+def build_pairs(records: Records, numbers: Iterable[int], config: DataConfig, tokenizer: Tokenizer) -> list[PromptPair]:
+    """The pairs of the records with these numbers, as a run of that config is asked them."""
+    budgets = config.student_tokens, config.teacher_tokens
+    return [build_pair(records[number], config.template, tokenizer, *budgets) for number in numbers]
 
 
 def build_prompt(record: Record, view: View, template: Template, tokenizer: Tokenizer, budget_tokens: int) -> Prompt:

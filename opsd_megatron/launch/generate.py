@@ -11,7 +11,7 @@ import sys
 
 from opsd_megatron.config import Distill, RunConfig
 from opsd_megatron.data.contexts import ordered_stream
-from opsd_megatron.data.pairs import build_pair
+from opsd_megatron.data.pairs import build_pairs
 from opsd_megatron.data.records import read_records
 from opsd_megatron.data.tokenizer import load_tokenizer
 from opsd_megatron.errors import ConfigError
@@ -24,14 +24,14 @@ def generate(config: RunConfig) -> None:
     """Records steps 1 to `config.steps`; the weights are whatever the server serves, and recorded by their version."""
     from opsd_megatron.parallel.axis import Axis
     from opsd_megatron.train.record import record_rollouts
-    from opsd_megatron.train.sampling import connect
+    from opsd_megatron.train.servers import connect
 
     directory = config.rollout.record_to
     if directory is None or not isinstance(config.objective, Distill):
         raise ConfigError("generating needs --rollout.record-to DIRECTORY and the objective Distill")
     tokenizer, records = load_tokenizer(config.model.path), read_records(config.data.path)
-    alone, data = Axis.single("dp"), config.data
-    stream = ordered_stream(records, data, config.seed, alone.rank, alone.size)
+    alone = Axis.single("dp")
+    stream = ordered_stream(records, config.data, config.seed, alone.rank, alone.size)
     done = set(recorded_steps(directory))
     backend = connect(config, tokenizer)
     try:
@@ -39,10 +39,7 @@ def generate(config: RunConfig) -> None:
             numbers = stream.next_batch(config.batch.prompts_per_step)
             if step + 1 in done:
                 continue
-            pairs = [
-                build_pair(records[n], data.template, tokenizer, data.student_tokens, data.teacher_tokens)
-                for n in numbers
-            ]
+            pairs = build_pairs(records, numbers, config.data, tokenizer)
             rollouts = sample_rollouts(pairs, backend, config.rollout, tokenizer.eos_ids, config.seed, step, None)
             record_rollouts(config, tokenizer.fingerprint, step + 1, alone, rollouts, {})
             tokens = sum(len(rollout.token_ids) for rollout in rollouts)

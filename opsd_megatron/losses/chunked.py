@@ -148,12 +148,12 @@ def _run(
     in_place = with_gradient and gradient.dtype == exact
     own = gradient if in_place else values.new_empty(min(part_rows, rows_at_most), width)
     fixed = [values.new_empty(min(part_rows, rows_at_most), width) for _ in plan.fixed]
-    for chunk in _pieces(slice(0, hidden.shape[0]), plan.chunk_tokens):
-        for part in _pieces(chunk, part_rows):
+    for chunk in pieces(slice(0, hidden.shape[0]), plan.chunk_tokens):
+        for part in pieces(chunk, part_rows):
             logits = [own[_within(part, chunk if in_place else part)], *(one[_within(part, part)] for one in fixed)]
             for distribution, written in zip((student, *plan.fixed), logits, strict=True):
                 distribution.write_logits(part, written)
-            for block in _pieces(part, block_rows):
+            for block in pieces(part, block_rows):
                 of_block = [one[_within(block, part)] for one in logits]
                 values[:, block] = plan.score(block, of_block, with_gradient)
                 if with_gradient and not in_place:
@@ -165,7 +165,7 @@ def _run(
     return values
 
 
-def _pieces(rows: slice, most: int) -> list[slice]:
+def pieces(rows: slice, most: int) -> list[slice]:
     """As few slices of `rows` as `most` rows in each allow, as even as can be."""
     total = rows.stop - rows.start
     count = -(-total // most)

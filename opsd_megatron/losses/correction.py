@@ -14,10 +14,6 @@ from opsd_megatron.parallel.axis import Axis
 from opsd_megatron.parallel.reduce import max_over, sum_over
 
 
-def is_by_sequence(correction: Correction) -> bool:
-    return isinstance(correction, SequenceTis | SequenceMask)
-
-
 def token_factors(
     correction: Correction, log_ratios: Float[Tensor, "rows"], weights: Float[Tensor, "rows"]
 ) -> Float[Tensor, "rows"]:

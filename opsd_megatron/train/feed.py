@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from opsd_megatron.checkpoint.agreement import raise_on_all
 from opsd_megatron.config import RunConfig
-from opsd_megatron.data.pairs import build_pair
+from opsd_megatron.data.pairs import build_pairs
 from opsd_megatron.data.records import Records
 from opsd_megatron.data.stream import RecordStream
 from opsd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
@@ -124,12 +124,8 @@ class LiveFeed:
 
     def _draw(self, step: int) -> _Batch:
         """The prompts behind the last batch; the same on all ranks of a replica."""
-        data = self._config.data
         numbers = self._stream.next_batch(self._config.batch.prompts_per_step)
-        pairs = [
-            build_pair(self._records[n], data.template, self._tokenizer, data.student_tokens, data.teacher_tokens)
-            for n in numbers
-        ]
+        pairs = build_pairs(self._records, numbers, self._config.data, self._tokenizer)
         return _Batch(step, pairs, self._stream.state_dict())
 
 

@@ -32,10 +32,6 @@ class Parking:
         self._parked: dict[int, _Parked] = {}
         self._blocks: list[Tensor] = []
 
-    @property
-    def is_released(self) -> bool:
-        return bool(self._parked)
-
     def device_bytes(self) -> int:
         """What the state holds of the device now."""
         both = (*self._kept(), *self._dropped())

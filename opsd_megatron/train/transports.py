@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opsd_megatron.checkpoint.hf_writer import beside_weights, block_of
 from opsd_megatron.checkpoint.shard_plan import ShardPlan, TensorSpec
+from opsd_megatron.checkpoint.staging import write_all
 from opsd_megatron.errors import ServerError
 from opsd_megatron.models.architecture import Architecture
 from opsd_megatron.rollout.backend import RolloutBackend, TensorInfo, TransferGroup, Transport, UpdateLost
@@ -127,9 +128,7 @@ class DiskCarrier:
         shard = next(self._coming)
         with open(self._partial / shard.file, "wb", buffering=0) as out:
             for block in (memoryview(shard.header), *(block_of(tensor) for _, tensor in cargo.tensors)):
-                written = 0
-                while written < len(block):
-                    written += out.write(block[written:])
+                write_all(out, block)
 
     def finish(self, version: str) -> None:
         self._partial.rename(self._target)

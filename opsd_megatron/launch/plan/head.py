@@ -2,7 +2,7 @@
 
 from opsd_megatron.config import Distill, SelfSft
 from opsd_megatron.launch.plan.activations import SINGLE, Tensors, Widths
-from opsd_megatron.losses.chunked import BLOCK_ELEMENTS, PART_ELEMENTS
+from opsd_megatron.losses.chunked import BLOCK_ELEMENTS, PART_ELEMENTS, pieces
 
 _EAGER_TENSORS = 8
 """As large as the logits of a block and alive at once when `losses/block.py` is not compiled."""
@@ -12,9 +12,9 @@ def head_bytes(objective: Distill | SelfSft, rows: int, w: Widths) -> Tensors:
     """At the last chunk of `rows` response rows on one rank; the head's gradient is made in `main_grad`."""
     kind = "cuda" if w.is_cuda else "cpu"
     most_part, most_block = (max(1, elements[kind] // w.vocab) for elements in (PART_ELEMENTS, BLOCK_ELEMENTS))
-    chunk = _even_piece(rows, objective.chunk_tokens)
-    part = _even_piece(chunk, most_part)
-    block = _even_piece(part, most_block)
+    chunk = _largest_piece(rows, objective.chunk_tokens)
+    part = _largest_piece(chunk, most_part)
+    block = _largest_piece(part, most_block)
     is_distillation = isinstance(objective, Distill)
     stored = 0 if w.is_cuda and (not is_distillation or objective.compiled is not False) else _EAGER_TENSORS
     buffers = {
@@ -31,7 +31,5 @@ def head_bytes(objective: Distill | SelfSft, rows: int, w: Widths) -> Tensors:
     return buffers
 
 
-def _even_piece(rows: int, most: int) -> int:
-    """The largest of as few even pieces as can be."""
-    pieces = -(-rows // most)
-    return -(-rows // pieces) if pieces else 0
+def _largest_piece(rows: int, most: int) -> int:
+    return max((one.stop - one.start for one in pieces(slice(0, rows), most)), default=0)
