@@ -131,7 +131,8 @@ def grow_tree(sequences: Sequence[Sequence[int]], min_shared_tokens: int = 32) -
     return _flatten(roots, sequences)
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading tokens that are equal."""
     short = min(len(left), len(right))
     if list(left[:short]) == list(right[:short]):
         return short
@@ -143,7 +144,7 @@ def _insert(roots: list[_Branch], tokens: list[int], number: int, min_shared: in
     siblings, start = roots, 0
     while start < len(tokens):
         rest = tokens[start:]
-        shared = [_common_prefix(branch.tokens, rest) for branch in siblings]
+        shared = [common_prefix(branch.tokens, rest) for branch in siblings]
         best = int(np.argmax(shared)) if shared else -1
         worth = best >= 0 and shared[best] >= min(min_shared, len(rest), len(siblings[best].tokens))
         if not worth:

@@ -2,15 +2,23 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NoReturn, Self, TypeVar
 
 import httpx
+from torch import Tensor
 
-from opsd_megatron.rollout.backend import GenerateRequest, GenerateResult, PauseMode, ServerUnreachable
+from opsd_megatron.rollout.backend import (
+    GenerateRequest,
+    GenerateResult,
+    PauseMode,
+    ServerRefused,
+    ServerUnreachable,
+    Unsupported,
+)
 from opsd_megatron.rollout.http import CONNECT_S, Http
 from opsd_megatron.rollout.probe import Routes, kind_of, probe_request, started_at
 from opsd_megatron.rollout.replies import LogprobKind
@@ -81,6 +89,9 @@ class Client:
     def resume(self) -> None:
         raise NotImplementedError
 
+    def push(self, bucket: Mapping[str, Tensor]) -> None:
+        raise Unsupported(f"{self.url} takes weights from a disk or a group, not through HTTP")
+
     def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
         """What came back for one request, its log-probs taken to be of that kind."""
         raise NotImplementedError
@@ -90,6 +101,11 @@ class Client:
 
     def _check_kind(self, request: GenerateRequest) -> None:
         """Unsupported where the server's log-probs would not be those of the samples."""
+
+    def _need_pause(self) -> None:
+        """ServerRefused, for servers that change their weights in place, unless they stand still."""
+        if not self._is_paused():
+            raise ServerRefused(f"{self.url} would change its weights under running requests; pause it first")
 
     def _is_paused(self) -> bool:
         raise NotImplementedError

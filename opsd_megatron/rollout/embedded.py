@@ -13,7 +13,6 @@ from opsd_megatron.rollout.backend import (
     ServerInfo,
     TensorInfo,
     TransferGroup,
-    Unsupported,
     UpdateLost,
 )
 from opsd_megatron.rollout.client import UPDATE_S, NoGate
@@ -68,16 +67,6 @@ class EmbeddedBackend(VllmBackend):
     def _ask(self, request: GenerateRequest, kind: LogprobKind) -> GenerateResult:
         body = self.http.object("POST", GENERATE, json=as_wire(request))
         return parse_generate(body, request, self._vocab_size or 0, kind, "")
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        if not self.capabilities().can_score:
-            raise Unsupported(f"{self.url} does not score prompts")
-        return super().score(sequences)
-
-    def flush_cache(self) -> None:
-        """A server without the route keeps nothing over a change of weights."""
-        if "/reset_prefix_cache" in self._routes:
-            super().flush_cache()
 
     def world_size(self) -> int:
         return int(self._change("GET", "/get_world_size")["world_size"])

@@ -142,5 +142,10 @@ def mask_stale(rollout: Rollout, wanted: str, max_staleness: int) -> Rollout:
 
 
 def _continued(seed: int, length: int) -> int:
-    """Another seed for the rest, so that it does not draw the same random numbers once more; in [0, 2**62)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{length}".encode()).digest()[:8], "big") >> 2
+    """Another seed for the rest, so that it does not draw the same random numbers once more."""
+    return seed_of(f"{seed}/{length}")
+
+
+def seed_of(text: str) -> int:
+    """A seed in [0, 2**62), another one for every text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

@@ -1,6 +1,5 @@
 """Rollouts of a step: prompts to the server, checked responses back, in the order of the prompts."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -14,7 +13,7 @@ from opsd_megatron.rollout.backend import (
     ServerRefused,
     WrongWeightVersion,
 )
-from opsd_megatron.rollout.partial import Unfinished, mask_stale, staleness
+from opsd_megatron.rollout.partial import Unfinished, mask_stale, seed_of, staleness
 from opsd_megatron.types import PromptPair, Rollout, Turn
 
 
@@ -55,8 +54,7 @@ def sample_rollouts(
 
 def sample_seed(seed: int, step: int, record_id: str, occurrence: int = 0) -> int:
     """Seed of a prompt's first sample, in [0, 2**62); sample i adds i."""
-    text = f"{seed}/{step}/{record_id}/{occurrence}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+    return seed_of(f"{seed}/{step}/{record_id}/{occurrence}")
 
 
 def _requests(

@@ -1,11 +1,10 @@
 """The client of SGLang 0.5.23."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opsd_megatron.rollout.backend import (
     Capabilities,
@@ -25,6 +24,7 @@ from opsd_megatron.rollout.http import Refused
 from opsd_megatron.rollout.probe import ANY
 from opsd_megatron.rollout.replies import LogprobKind, get
 from opsd_megatron.rollout.sglang_wire import as_score, as_wire, parse_input_logprobs, parse_replies
+from opsd_megatron.transfer import packed_buckets
 
 GROUP_ROUTES = (
     "/init_weights_update_group", "/begin_weight_update", "/update_weights_from_distributed", "/end_weight_update"
@@ -109,8 +109,7 @@ class SglangBackend(Client):
         self.http.request("POST", f"/flush_cache?timeout={FLUSH_S:.0f}", admin=True, timeout=FLUSH_S + 30)
 
     def begin_update(self, version: str) -> None:
-        if not self._is_paused():
-            raise ServerRefused(f"{self.url} would change its weights under running requests; pause it first")
+        self._need_pause()
         try:
             self._update("/begin_weight_update", {"selector": "all"})
         except Refused as error:
@@ -118,9 +117,6 @@ class SglangBackend(Client):
                 raise
             self._update("/end_weight_update", {})  # of a trainer that died
             self._update("/begin_weight_update", {"selector": "all"})
-
-    def push(self, bucket: Mapping[str, Tensor]) -> None:
-        raise Unsupported(f"{self.url} takes weights from a disk or a group, not through HTTP")
 
     def world_size(self) -> int:
         """SGLang lets the tensor-parallel ranks of one replica join a group."""
@@ -144,7 +140,8 @@ class SglangBackend(Client):
     def receive(self, tensors: Sequence[TensorInfo]) -> None:
         if self._group is None:
             raise ServerRefused(f"{self.url} has joined no group; call join_group first")
-        for bucket in _buckets(tensors, self._group.bucket_bytes):
+        for numbers in packed_buckets([_num_bytes(tensor) for tensor in tensors], self._group.bucket_bytes):
+            bucket = [tensors[number] for number in numbers]
             body = {
                 "names": [tensor.name for tensor in bucket],
                 "dtypes": [tensor.dtype for tensor in bucket],
@@ -252,14 +249,5 @@ class SglangBackend(Client):
         return parse_input_logprobs(body, sequence)
 
 
-def _buckets(tensors: Sequence[TensorInfo], bucket_bytes: int) -> Iterator[list[TensorInfo]]:
-    """In order, each closed right after it exceeds `bucket_bytes`, as the sender packs them."""
-    bucket, size = [], 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += torch.Size(tensor.shape).numel() * getattr(torch, tensor.dtype).itemsize
-        if size > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
+def _num_bytes(tensor: TensorInfo) -> int:
+    return torch.Size(tensor.shape).numel() * getattr(torch, tensor.dtype).itemsize

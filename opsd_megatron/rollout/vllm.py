@@ -2,11 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 from opsd_megatron.rollout.backend import (
     Capabilities,
@@ -132,12 +130,8 @@ class VllmBackend(Client):
             time.sleep(0.2)
 
     def begin_update(self, version: str) -> None:
-        if not self._is_paused():
-            raise ServerRefused(f"{self.url} would change its weights under running requests; pause it first")
+        self._need_pause()
         self._update("/start_weight_update")
-
-    def push(self, bucket: Mapping[str, Tensor]) -> None:
-        raise Unsupported(f"{self.url} takes weights from a disk or a group, not through HTTP")
 
     def world_size(self) -> int:
         return get(self.http.object("GET", "/get_world_size?include_dp=true", admin=True), "world_size", int, "reply")

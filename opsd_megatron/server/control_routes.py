@@ -1,4 +1,4 @@
-"""Pausing, and replacing the weights."""
+"""Pausing, sleeping, and replacing the weights."""
 
 import asyncio
 import hashlib
@@ -7,13 +7,14 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, model_validator
 from starlette.requests import ClientDisconnect
 
 from opsd_megatron.server.refusal import Refusal
-from opsd_megatron.server.service import PauseMode, Service
-from opsd_megatron.server.sleep import sleep_routes
+from opsd_megatron.server.requests import PauseMode
+from opsd_megatron.server.service import Service
+from opsd_megatron.server.sleep import Memory
 from opsd_megatron.server.transfer import Described, InitInfo, beside_the_loop
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def control_routes(service: Service) -> APIRouter:
     _add_pausing(router, service)
     _add_updating(router, service)
     _add_groups(router, service)
-    router.include_router(sleep_routes(service))
+    _add_sleeping(router, service)
     return router
 
 
@@ -98,6 +99,22 @@ def _add_pausing(router: APIRouter, service: Service) -> None:
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache(reset_running_requests: bool = False):
         return {"success": await service.reset_prefix_cache(reset_running_requests)}
+
+
+def _add_sleeping(router: APIRouter, service: Service) -> None:
+    @router.post("/sleep")
+    async def sleep(level: Annotated[int, Query(ge=1, le=2)] = 1, mode: Literal["abort", "wait", "keep"] = "abort"):
+        await service.sleep.sleep(level, mode)
+        return {"status": "sleeping", "level": level}
+
+    @router.post("/wake_up")
+    async def wake_up(tags: Annotated[list[Memory] | None, Query()] = None):
+        await service.sleep.wake(tags)
+        return {"status": "awake", "tags": tags}
+
+    @router.get("/is_sleeping")
+    async def is_sleeping():
+        return {"is_sleeping": bool(service.sleep.asleep)}
 
 
 def _add_updating(router: APIRouter, service: Service) -> None:

@@ -1,6 +1,6 @@
 """The fast engine: transformers' continuous batching (checked against 5.23) behind our small interface.
 
-Everything that leans on its private side is in this file:
+Everything that leans on its private side is in this file and in prefix_cache.py:
   - the log-probs it returns are those after temperature, top-k and top-p;
   - per-request sampling exists only where the settings at creation are not neutral;
   - blocks that requests share would hold keys of older weights after a swap, so all are dropped then (prefix_cache.py);
@@ -10,7 +10,6 @@ Everything that leans on its private side is in this file:
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,6 @@ from opsd_megatron.errors import ConfigError
 from opsd_megatron.server import prefix_cache, varlen_attention
 from opsd_megatron.server.engine import Continuation, Deliver, Job, SampleKey
 from opsd_megatron.server.prefix_cache import CHILD, PrefixScheduler
-
-log = logging.getLogger(__name__)
 
 
 class FastEngine:

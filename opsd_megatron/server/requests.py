@@ -10,6 +10,7 @@ from opsd_megatron.server.scoring import TokenScore
 from opsd_megatron.types import VersionSpan
 
 FinishReason = Literal["stop", "length", "abort"]
+PauseMode = Literal["keep", "wait", "abort"]
 Watch = Callable[[int, Continuation], int | None]
 """Given a sample's number and what it has; returns after how many tokens it ends, None where it goes on."""
 

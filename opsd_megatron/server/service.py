@@ -9,21 +9,19 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Literal
 
 from opsd_megatron.server.admission import QueueLimits
 from opsd_megatron.server.engine import Continuation, Engine, Job, SampleKey
 from opsd_megatron.server.metrics import Metrics
 from opsd_megatron.server.prefix_cache import salt_suffix
 from opsd_megatron.server.refusal import Refusal
-from opsd_megatron.server.requests import FinishReason, Live, Sample, Watch, version_spans
+from opsd_megatron.server.requests import FinishReason, Live, PauseMode, Sample, Watch, version_spans
 from opsd_megatron.server.scoring import score_tokens
 from opsd_megatron.server.sleep import Sleep
 from opsd_megatron.server.transfer import Receiver
 from opsd_megatron.server.weights import WeightStore
 
 log = logging.getLogger(__name__)
-PauseMode = Literal["keep", "wait", "abort"]
 WATCH_S = 1.0
 
 

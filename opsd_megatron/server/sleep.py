@@ -1,16 +1,36 @@
 """Sleeping: the server gives the memory of its weights and of its cache back, and takes each again when asked."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, get_args
 
-from fastapi import APIRouter, Query
-
+from opsd_megatron.server.engine import Engine
 from opsd_megatron.server.refusal import Refusal
-
-if TYPE_CHECKING:
-    from opsd_megatron.server.service import PauseMode, Service
+from opsd_megatron.server.requests import PauseMode
+from opsd_megatron.server.weights import WeightStore
 
 Memory = Literal["weights", "kv_cache"]
+
+
+class Served(Protocol):
+    """What sleeping needs of the service."""
+
+    engine: Engine
+    weights: WeightStore
+    paused: PauseMode | None
+    control: asyncio.Lock
+
+    async def in_engine_thread(self, function: Callable[[], Any]) -> Any: ...
+
+    async def until_idle(self) -> None: ...
+
+    def open_gate(self) -> None: ...
+
+    def close_gate(self) -> None: ...
+
+    def turn_away_who_waits(self) -> None: ...
+
+    def end_all(self) -> None: ...
 
 
 class Sleep:
@@ -20,7 +40,7 @@ class Sleep:
     then everything stays as it is until an update has filled them.
     """
 
-    def __init__(self, service: "Service"):
+    def __init__(self, service: Served):
         self._service = service
         self.asleep: frozenset[Memory] = frozenset()
         self._is_frozen = False
@@ -36,7 +56,7 @@ class Sleep:
         if self._service.weights.is_hollow:
             raise Refusal(503, "the weights hold nothing since the server slept; publish weights first")
 
-    async def sleep(self, level: int, mode: "PauseMode") -> None:
+    async def sleep(self, level: int, mode: PauseMode) -> None:
         """Level 1 keeps the weights in host memory, 2 drops them. `mode` says what becomes of requests in flight."""
         service = self._service
         async with service.control:
@@ -66,7 +86,7 @@ class Sleep:
             self._is_frozen = False
             self._service.open_gate()
 
-    async def _stand_still(self, mode: "PauseMode") -> None:
+    async def _stand_still(self, mode: PauseMode) -> None:
         service = self._service
         service.close_gate()
         try:
@@ -79,23 +99,3 @@ class Sleep:
         self._is_frozen = True
         if mode == "abort":
             service.end_all()
-
-
-def sleep_routes(service: "Service") -> APIRouter:
-    router = APIRouter()
-
-    @router.post("/sleep")
-    async def sleep(level: Annotated[int, Query(ge=1, le=2)] = 1, mode: Literal["abort", "wait", "keep"] = "abort"):
-        await service.sleep.sleep(level, mode)
-        return {"status": "sleeping", "level": level}
-
-    @router.post("/wake_up")
-    async def wake_up(tags: Annotated[list[Memory] | None, Query()] = None):
-        await service.sleep.wake(tags)
-        return {"status": "awake", "tags": tags}
-
-    @router.get("/is_sleeping")
-    async def is_sleeping():
-        return {"is_sleeping": bool(service.sleep.asleep)}
-
-    return router

@@ -76,9 +76,7 @@ class Fleet:
     def _meet(self, member: Member) -> None:
         if not member.backend.health():
             raise ServerUnreachable(f"no healthy server at {member.name}")
-        server_id = member.backend.info().server_id
-        self._inspect(member.backend)
-        member.server_id = server_id
+        member.meet(self._inspect)
 
     def info(self) -> ServerInfo:
         """What holds for every server: the smallest limits; seeded where all are."""

@@ -11,6 +11,7 @@ from opsd_megatron.rollout.backend import (
     GenerateRequest,
     MalformedReply,
     RolloutBackend,
+    ServerInfo,
     ServerUnreachable,
     WrongWeightVersion,
 )
@@ -123,19 +124,25 @@ class Member:
             if self.state in ("ready", "dirty"):
                 self.state = "unknown"
 
+    def meet(self, inspect: Callable[[RolloutBackend], None]) -> tuple[ServerInfo, bool]:
+        """What it says of itself, and whether it is another process than before; `inspect` has looked at that then."""
+        info = self.backend.info()
+        is_other = info.server_id != self.server_id
+        if is_other:
+            inspect(self.backend)
+            self.server_id = info.server_id
+        return info, is_other
+
     def prove(self, wanted: str | None, valid: Collection[str], inspect: Callable[[RolloutBackend], None]) -> None:
         """Leaves it ready, dirty or evicted. `inspect` looks at a process that was not met before."""
         before = self.state
         try:
             if not self.backend.health():
                 raise ServerUnreachable(f"{self.name} is not healthy")
-            info = self.backend.info()
-            is_other_process = info.server_id != self.server_id
-            if is_other_process:
-                inspect(self.backend)
-                if self.server_id is not None:
-                    self.synced = None
-                self.server_id = info.server_id
+            was_known = self.server_id is not None
+            info, is_other_process = self.meet(inspect)
+            if is_other_process and was_known:
+                self.synced = None
             if wanted is not None and info.weight_version not in ("", wanted):
                 self.synced = None
             if self.needs_sync(wanted):

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from opsd_megatron.rollout.backend import GenerateRequest
 from opsd_megatron.rollout.pool.member import Member
+from opsd_megatron.token_tree import common_prefix
 
 MIN_SHARED = 16
 """Tokens that two prompts must share to be sent to one server, besides half of the shorter one."""
@@ -61,13 +62,3 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[i
             groups[number] = groups[before]
             shared[before], shared[number] = max(shared[before], common), common
     return groups, shared
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of leading tokens that are equal."""
-    reached = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        reached += 1
-    return reached

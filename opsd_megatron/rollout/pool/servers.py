@@ -1,7 +1,6 @@
 """`ServerPool`: one or many inference servers behind one `RolloutBackend`."""
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,7 +25,6 @@ from opsd_megatron.rollout.pool.status import Counts, status_line
 from opsd_megatron.rollout.pool.updates import Update, join_group
 from opsd_megatron.rollout.pool.watch import Watch
 
-log = logging.getLogger(__name__)
 REPORT_S = 0.5
 Result = TypeVar("Result")
 

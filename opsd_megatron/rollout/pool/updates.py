@@ -1,10 +1,8 @@
 """A weight update of several servers: those that fail are left dirty, the others go on without them."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,12 +16,12 @@ from opsd_megatron.rollout.backend import (
     TransferGroup,
     UpdateLost,
 )
+from opsd_megatron.rollout.groups import divide_group
 from opsd_megatron.rollout.pool.fanout import call_each
 from opsd_megatron.rollout.pool.member import Member
 from opsd_megatron.rollout.pool.options import PoolOptions
 from opsd_megatron.rollout.pool.watch import nobody_serves
 
-log = logging.getLogger(__name__)
 WAIT_S = 0.25
 
 
@@ -105,10 +103,7 @@ class Update:
             time.sleep(WAIT_S)
 
     def _open(self, member: Member, function: Callable[[Member], None]) -> None:
-        info = member.backend.info()
-        if info.server_id != member.server_id:
-            self._inspect(member.backend)
-            member.server_id = info.server_id
+        member.meet(self._inspect)
         member.state, member.fault = "updating", None
         function(member)
 
@@ -148,18 +143,12 @@ def join_group(members: Sequence[Member], threads: Executor, group: TransferGrou
     The first error is raised: without one member nobody meets. UpdateLost where the servers are not those of which the
     group's size was made.
     """
-    offsets, reached = {}, group.rank_offset
-    for member in members:
-        offsets[member] = reached
-        reached += sizes[member]
-    if reached != group.world_size:
-        raise UpdateLost(
-            f"the servers that can be reached end at rank {reached}, the group has {group.world_size} ranks: servers "
-            "came or went; ask for world_size again"
-        )
-    _, errors = call_each(
-        members, threads, lambda member: member.backend.join_group(replace(group, rank_offset=offsets[member]))
-    )
+    try:
+        groups = divide_group(group, [sizes[member] for member in members])
+    except ValueError as error:
+        raise UpdateLost(f"{error}: servers came or went; ask for world_size again") from error
+    group_of = dict(zip(members, groups, strict=True))
+    _, errors = call_each(members, threads, lambda member: member.backend.join_group(group_of[member]))
     for error in errors.values():
         raise error
 
