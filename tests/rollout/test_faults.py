@@ -132,6 +132,14 @@ def assert_whole(results: list[GenerateResult], wanted: list[GenerateResult], ve
             assert (span.version, span.start, span.end) == (version, 0, len(sample.token_ids))
 
 
+def assert_comes_back(cluster, pool, wanted) -> None:
+    """A whole update makes the second server serve again."""
+    pool.members[B].retry_at = 0.0
+    cluster.publish(pool)
+    assert_whole(pool.generate(SHORT[:2]), wanted["short"][:2], pool.wanted)
+    assert state(pool, B) == "ready"
+
+
 def servers_of(results: list[GenerateResult]) -> set[str]:
     return {result.server_id for result in results}
 
@@ -168,10 +176,7 @@ def test_a_step_is_completed_when_one_server_is(cluster, wanted, row):
             assert servers_of(results) == {good} and state(pool, B) != "ready"
             assert pool.take_counts().evictions >= 1
             cluster.faults.set(B, None)
-            pool.members[B].retry_at = 0.0
-            cluster.publish(pool)  # a whole update brings it back
-            assert_whole(pool.generate(SHORT[:2]), wanted["short"][:2], pool.wanted)
-            assert state(pool, B) == "ready"
+            assert_comes_back(cluster, pool, wanted)
 
 
 def test_a_step_is_completed_when_one_server_is_killed_in_the_middle_of_it(cluster, wanted):
@@ -214,10 +219,7 @@ def test_a_step_is_completed_when_the_update_of_one_server_is(cluster, wanted, r
         results = pool.generate(SHORT)
         assert_whole(results, wanted["short"], pool.wanted)
         assert servers_of(results) == {pool.members[A].server_id} and state(pool, B) != "ready"
-        pool.members[B].retry_at = 0.0
-        cluster.publish(pool)
-        assert_whole(pool.generate(SHORT[:2]), wanted["short"][:2], pool.wanted)
-        assert state(pool, B) == "ready"
+        assert_comes_back(cluster, pool, wanted)
 
 
 def test_a_step_is_completed_when_all_servers_are_down_for_a_while(cluster, wanted):

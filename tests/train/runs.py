@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,35 @@ class World:
 
     def losses(self, run: str) -> dict[int, float]:
         """Loss by step."""
+        return {step: row["loss/per_token"] for step, row in self.rows(run).items()}
+
+    def rows(self, run: str) -> dict[int, dict[str, float]]:
+        """All metrics by step."""
         path = self.directory / run / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return {row["step"]: row["loss/per_token"] for row in rows}
+        return {row["step"]: row for row in rows}
+
+    def wait_for_step(self, run: str, step: int, process, timeout_s: float = 180.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while step not in self.losses(run):
+            assert process.poll() is None, self.log(run)
+            assert time.monotonic() < deadline, self.log(run)
+            time.sleep(0.05)
+
+    def outlive_server(self, run: str, ranks: int, *flags: str) -> None:
+        """A whole run against a server of its own, which is killed and started again behind its second step."""
+        log = self.directory / f"server of {run}.log"
+        server = ServerProcess(self.directory / "model", TOKEN, log, engine="exact", threads=1)
+        server.start()
+        process = self.fork(run, ranks, *flags, "--rollout.url", server.url)
+        try:
+            self.wait_for_step(run, 2, process)
+            server.kill()
+            server.start()
+            assert process.wait(180) == 0, self.log(run)
+        finally:
+            process.kill()
+            server.stop()
 
 
 def make_world(directory: Path) -> World:

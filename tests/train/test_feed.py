@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.launch import generate
-from opsd_megatron.rollout.process import ServerProcess
 from opsd_megatron.rollout.recording import read_step, recorded_steps
 from tests.ranks import Job
 from tests.train.runs import TOKEN, make_world
-from tests.train.test_runs import wait_for_step
 
 OVERLAP = ("--rollout.overlap", "one_step_off")
 
@@ -21,11 +19,6 @@ def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("world"))
     yield world
     world.server.stop()
-
-
-def rows(world, run: str) -> dict[int, dict[str, float]]:
-    lines = (world.directory / run / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def test_a_replayed_run_has_the_same_losses_bit_for_bit_without_a_server(world, 
 
 def test_a_recording_holds_every_rollout_with_the_advantages_of_its_tokens(world, recorded):
     assert recorded_steps(recorded) == [1, 2, 3, 4, 5, 6]
-    metrics = rows(world, "recorded")
+    metrics = world.rows("recorded")
     for step in (1, 6):
         recording = read_step(recorded, step)
         assert len(recording.rollouts) == 4 and recording.header["replicas"] == 2
@@ -77,15 +70,15 @@ def overlapped(world):
 
 
 def test_one_step_off_learns_from_the_weights_of_the_step_before(world, overlapped):
-    staleness = {step: row["rollout/staleness_steps_max"] for step, row in rows(world, "overlapped").items()}
+    staleness = {step: row["rollout/staleness_steps_max"] for step, row in world.rows("overlapped").items()}
     assert staleness == {1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0}
-    mismatch = {step: row["mismatch/logprob_abs_mean_nats"] for step, row in rows(world, "overlapped").items()}
+    mismatch = {step: row["mismatch/logprob_abs_mean_nats"] for step, row in world.rows("overlapped").items()}
     assert mismatch[1] < 1e-5 and all(mismatch[step] > 1e-5 for step in range(2, 7))
 
 
 def test_an_interrupted_overlapped_run_resumes_bit_for_bit_with_what_was_in_flight(world, overlapped):
     process = world.fork("cut", 2, *OVERLAP, "--checkpoint.every-steps", "0")
-    wait_for_step(world, "cut", 2, process)
+    world.wait_for_step("cut", 2, process)
     process.terminate()
     process.wait(60)
     reached = max(world.losses("cut"))
@@ -99,19 +92,9 @@ def test_an_interrupted_overlapped_run_resumes_bit_for_bit_with_what_was_in_flig
     assert world.losses("moved")[reached + 1] == pytest.approx(overlapped[reached + 1], abs=1e-6)
 
 
-def test_an_overlapped_run_outlives_the_restart_of_its_server(world, tmp_path):
-    server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
-    server.start()
-    process = world.fork("fault", 1, *OVERLAP, "--rollout.url", server.url)
-    try:
-        wait_for_step(world, "fault", 2, process)
-        server.kill()
-        server.start()
-        assert process.wait(180) == 0, world.log("fault")
-    finally:
-        process.kill()
-        server.stop()
-    metrics = rows(world, "fault")
+def test_an_overlapped_run_outlives_the_restart_of_its_server(world):
+    world.outlive_server("fault", 1, *OVERLAP)
+    metrics = world.rows("fault")
     assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
     assert {row["rollout/staleness_steps_mean"] for row in metrics.values()} == {0.0, 1.0}, "no batch of two versions"
 
@@ -120,5 +103,5 @@ def test_the_server_is_probed_after_every_publication(world, recorded):
     with world.server.backend() as backend:
         if not backend.capabilities().can_score:
             pytest.skip("this server does not score prompts")
-    metrics = rows(world, "recorded")
+    metrics = world.rows("recorded")
     assert all(row["mismatch/probe_abs_mean_nats"] < 1e-4 for row in metrics.values())

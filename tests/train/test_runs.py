@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,14 +28,6 @@ def uninterrupted(world) -> dict[int, float]:
     return losses
 
 
-def wait_for_step(world, run: str, step: int, process, timeout_s: float = 180.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while step not in world.losses(run):
-        assert process.poll() is None, world.log(run)
-        assert time.monotonic() < deadline, world.log(run)
-        time.sleep(0.05)
-
-
 def kill_job(process) -> None:
     """SIGKILL to torchrun and to its ranks, as a node that loses power."""
     import psutil
@@ -50,7 +41,7 @@ def kill_job(process) -> None:
 
 def test_a_run_killed_in_the_middle_resumes_to_the_same_losses_bit_for_bit(world, uninterrupted):
     process = world.start("killed", 2, *CP2)
-    wait_for_step(world, "killed", 3, process)
+    world.wait_for_step("killed", 3, process)
     kill_job(process)
     assert world.finish("killed", 2, *CP2) == 0, world.log("killed")
     assert world.losses("killed") == uninterrupted
@@ -68,7 +59,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(world, uninterrupted):
     for number in (signal.SIGTERM, signal.SIGINT):
         before = max(world.losses("signal"), default=0)
         process = world.start("signal", 2, *CP2, "--checkpoint.every-steps", "0")
-        wait_for_step(world, "signal", before + 1, process)
+        world.wait_for_step("signal", before + 1, process)
         process.send_signal(number)
         process.wait(60)
         reached = max(world.losses("signal"))
@@ -77,18 +68,8 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(world, uninterrupted):
     assert world.losses("signal") == uninterrupted
 
 
-def test_a_server_killed_during_the_run_is_waited_for_and_gets_the_weights_again(world, uninterrupted, tmp_path):
-    server = ServerProcess(world.directory / "model", TOKEN, tmp_path / "server.log", engine="exact", threads=1)
-    server.start()
-    process = world.fork("fault", 2, *CP2, "--rollout.url", server.url)
-    try:
-        wait_for_step(world, "fault", 2, process)
-        server.kill()
-        server.start()
-        assert process.wait(180) == 0, world.log("fault")
-    finally:
-        process.kill()
-        server.stop()
+def test_a_server_killed_during_the_run_is_waited_for_and_gets_the_weights_again(world, uninterrupted):
+    world.outlive_server("fault", 2, *CP2)
     assert world.losses("fault") == uninterrupted
 
 
@@ -97,7 +78,7 @@ def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(world, un
     server.start()
     flags = (*CP2, "--rollout.url", server.url, "--rollout.retry-s", "2", "--checkpoint.every-steps", "0")
     process = world.fork("gone", 2, *flags)
-    wait_for_step(world, "gone", 2, process)
+    world.wait_for_step("gone", 2, process)
     server.stop()
     assert process.wait(120) != 0
     assert "is the server running" in world.log("gone")
@@ -110,7 +91,7 @@ def test_a_run_goes_on_when_one_of_two_servers_is_not_there(world, uninterrupted
     urls = f"{world.server.url},http://127.0.0.1:9"
     assert world.finish("half", 2, *CP2, "--rollout.url", urls, "--rollout.retry-s", "2") == 0, world.log("half")
     assert world.losses("half") == uninterrupted
-    rows = [json.loads(line) for line in (world.directory / "half" / "metrics.jsonl").read_text().splitlines()]
+    rows = world.rows("half").values()
     assert all(row["rollout/tokens_per_s"] > 0 and row["rollout/stale_tokens"] == 0 for row in rows)
 
 
