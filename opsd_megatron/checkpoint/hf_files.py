@@ -13,10 +13,11 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opsd_megatron.checkpoint.safetensors_file import DTYPES, read_exactly, read_header
+from opsd_megatron.checkpoint.safetensors_file import read_exactly, read_header
 from opsd_megatron.checkpoint.weight_map import IGNORABLE_SUFFIXES, weights_of
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.architecture import Architecture
+from opsd_megatron.safetensors_header import DTYPES, Entry
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,15 +35,15 @@ class HfReader:
         if index.exists():
             file_of = _read_index(index)
         elif (self.directory / SINGLE_FILE).exists():
-            file_of = dict.fromkeys(_open(self.directory / SINGLE_FILE).keys(), SINGLE_FILE)
+            file_of = dict.fromkeys(read_header(self.directory / SINGLE_FILE).entries, SINGLE_FILE)
         else:
             raise CheckpointError(
                 f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; "
                 "give a directory with safetensors weights (convert .bin files with transformers' save_pretrained)"
             )
         self._file_of = file_of
-        self._shards = {name: _open(self.directory / name) for name in sorted(set(file_of.values()))}
-        self._headers = {name: read_header(self.directory / name) for name in self._shards}
+        self._headers = {name: read_header(self.directory / name) for name in sorted(set(file_of.values()))}
+        self._opened: dict[Path, Any] = {}
         self._check_index()
 
     @property
@@ -59,11 +60,11 @@ class HfReader:
         return self.directory / self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """CheckpointError for a dtype that is not a plain float (quantised weights are not read)."""
-        given = self._slice(name).get_dtype()
+        given = self._entry(name).dtype
         if given not in DTYPES:
             raise CheckpointError(
                 f"{self.path_of(name)}: tensor {name} has dtype {given}, expected one of {sorted(DTYPES)}; "
@@ -85,15 +86,17 @@ class HfReader:
         self, name: str, dim: int | None = None, bounds: tuple[int, int] | None = None
     ) -> Shaped[Tensor, "*shape"]:
         """The tensor, or its indices bounds[0] to bounds[1] along `dim` (0 or 1), without reading the rest."""
-        view = self._slice(name)
-        self.dtype(name)
+        path, _ = self.path_of(name), self.dtype(name)
         try:
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt")
+            view = self._opened[path].get_slice(name)
             if dim is None or bounds is None:
                 return view[:]
             start, stop = bounds
             return view[start:stop] if dim == 0 else view[:, start:stop]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path_of(name)}: tensor {name} cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
 
     def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Shaped[Tensor, "rows *columns"]:
         """Rows `start` to `stop`, read and not mapped: resident memory grows by these rows only.
@@ -101,19 +104,18 @@ class HfReader:
         With `out`, contiguous and of the stored dtype and shape, they are read there.
         """
         path, dtype = self.path_of(name), self.dtype(name)
-        entry = self._headers[path.name][name]
+        entry, behind = self._entry(name), self._headers[path.name].num_bytes
         rows = torch.empty(stop - start, *entry.shape[1:], dtype=dtype) if out is None else out
-        first = entry.start + start * rows[:1].numel() * dtype.itemsize
+        first = behind + entry.start + start * rows[:1].numel() * dtype.itemsize
         read_exactly(path, rows.view(torch.uint8).numpy().reshape(-1), first)
         return rows
 
-    def _slice(self, name: str) -> Any:
-        path = self.path_of(name)
-        return self._shards[path.name].get_slice(name)
+    def _entry(self, name: str) -> Entry:
+        return self._headers[self.path_of(name).name].entries[name]
 
     def _check_index(self) -> None:
-        for shard, handle in self._shards.items():
-            stored = set(handle.keys())
+        for shard, header in self._headers.items():
+            stored = set(header.entries)
             listed = {name for name, file in self._file_of.items() if file == shard}
             if lacking := sorted(listed - stored):
                 raise CheckpointError(f"{self.directory / shard} lacks {_some(lacking)} that {INDEX_FILE} lists there")
@@ -156,13 +158,6 @@ def _read_index(path: Path) -> dict[str, str]:
     if missing := sorted(name for name in set(weight_map.values()) if not (path.parent / name).is_file()):
         raise CheckpointError(f"{path} names {_some(missing)}, not in {path.parent}; the download is incomplete")
     return weight_map
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is cut or not a safetensors file: {error}; fetch it again") from error
 
 
 def _some(names: list[str], limit: int = 5) -> str:

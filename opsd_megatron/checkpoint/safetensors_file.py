@@ -1,45 +1,33 @@
-"""The header of a safetensors file, and its bytes read at known places without mapping the file into memory."""
+"""A safetensors file: its header, and its bytes read at known places without mapping the file into memory."""
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opsd_megatron.errors import CheckpointError
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+from opsd_megatron.safetensors_header import Entry, parse_header
 
 
 @dataclass(frozen=True)
-class HeaderEntry:
-    shape: tuple[int, ...]
-    start: int
-    """First byte in the file."""
+class Header:
+    entries: Mapping[str, Entry]
+    num_bytes: int
+    """Where in the file the first tensor begins."""
 
 
-def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Every tensor's place in a safetensors file; CheckpointError where the file is cut or its places make no sense."""
-    size = path.stat().st_size
+def read_header(path: Path) -> Header:
+    """CheckpointError where the file is missing or cut, or its header makes no sense."""
     try:
+        size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 + length:
                 raise ValueError(f"its header has {length} bytes, the file {size}")
-            described = json.loads(file.read(length))
-        described.pop("__metadata__", None)
-        entries, end = {}, 0
-        for name, entry in described.items():
-            start, stop = entry["data_offsets"]
-            entries[name] = HeaderEntry(tuple(entry["shape"]), 8 + length + start)
-            end = max(end, stop)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return Header(parse_header(file.read(length), size - 8 - length), 8 + length)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is cut or not a safetensors file: {error}; fetch it again") from error
-    if size != 8 + length + end:
-        raise CheckpointError(f"{path} has {size} bytes, its header says {8 + length + end}; fetch it again")
-    return entries
 
 
 def read_exactly(path: Path, wanted: Any, start: int) -> None:

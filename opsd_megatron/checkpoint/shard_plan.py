@@ -4,15 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
 from opsd_megatron.checkpoint.hf_files import SINGLE_FILE
-from opsd_megatron.checkpoint.safetensors_file import DTYPES
 from opsd_megatron.errors import CheckpointError
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from opsd_megatron.safetensors_header import make_header
 
 
 @dataclass(frozen=True)
@@ -35,20 +32,7 @@ class ShardPlan:
 
     @property
     def header(self) -> bytes:
-        """The length in 8 bytes, then JSON padded with spaces so that the values start at a multiple of 8."""
-        described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for tensor in self.tensors:
-            stop = start + tensor.num_bytes
-            described[tensor.name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, stop],
-            }
-            start = stop
-        text = json.dumps(described, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return make_header((tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors)
 
     @property
     def num_bytes(self) -> int:

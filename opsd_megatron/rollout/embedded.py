@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import safetensors.torch
 from torch import Tensor
 
 from opsd_megatron.rollout.backend import (
@@ -20,8 +19,11 @@ from opsd_megatron.rollout.http import Refused
 from opsd_megatron.rollout.replies import LogprobKind, parse_generate, parse_info
 from opsd_megatron.rollout.vllm import GENERATE, SHARD_PREFIX, VllmBackend
 from opsd_megatron.rollout.vllm_wire import as_wire
+from opsd_megatron.safetensors_header import make_header
+from opsd_megatron.transfer import as_bytes
 
 JOIN_S = 120.0
+PIECE_BYTES = 1 << 20
 RECEIVE_S = 3600.0
 """Each of the broadcasts has a limit of its own."""
 
@@ -102,10 +104,15 @@ class EmbeddedBackend(VllmBackend):
         self._change("POST", "/start_weight_update", json={"weight_version": version})
 
     def push(self, bucket: Mapping[str, Tensor]) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.items()}
-        body = safetensors.torch.save(_unshared(tensors))
-        digest = hashlib.sha256(body).hexdigest()
-        self._change("PUT", f"/weights/{self._bucket}", content=body, headers={"X-Content-SHA256": digest})
+        """In pieces: given one large body, httpcore copies all that is left of it after each packet."""
+        header = make_header((name, tensor.dtype, tensor.shape) for name, tensor in bucket.items())
+        values = [as_bytes(tensor.cpu()).numpy().data for tensor in bucket.values()]
+        body = [header, *(one[at : at + PIECE_BYTES] for one in values for at in range(0, len(one), PIECE_BYTES))]
+        digest = hashlib.sha256()
+        for piece in body:
+            digest.update(piece)
+        headers = {"X-Content-SHA256": digest.hexdigest(), "Content-Length": str(sum(map(len, body)))}
+        self._change("PUT", f"/weights/{self._bucket}", content=body, headers=headers)
         self._bucket += 1
 
     def finish_update(self, version: str) -> None:
@@ -135,14 +142,3 @@ class EmbeddedBackend(VllmBackend):
             ):
                 raise UpdateLost(f"{error}; did the server restart? Then publish again") from error
             raise
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory; tied weights may be sent under both names."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return result

@@ -10,6 +10,7 @@ import torch
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, model_validator
 from starlette.requests import ClientDisconnect
+from torch import Tensor
 
 from opsd_megatron.server.refusal import Refusal
 from opsd_megatron.server.requests import PauseMode
@@ -132,8 +133,9 @@ def _add_updating(router: APIRouter, service: Service) -> None:
 
     @router.put("/weights/{bucket}")
     async def put_bucket(bucket: str, request: Request):
-        body = await _verified_body(bucket, request)
-        count = await asyncio.to_thread(weights.stage, bucket, body)
+        room = weights.room_for(bucket, int(request.headers["content-length"]))
+        await _fill(room, bucket, request)
+        count = await asyncio.to_thread(weights.stage, bucket, room)
         return {"message": f"bucket {bucket}: {count} tensors staged"}
 
     @router.post("/update_weights")
@@ -188,13 +190,14 @@ def _add_groups(router: APIRouter, service: Service) -> None:
         return {"message": "in no transfer group"}
 
 
-async def _verified_body(bucket: str, request: Request) -> bytes:
-    """The whole body, equal to the sha256 that the header X-Content-SHA256 promised."""
-    digest, parts = hashlib.sha256(), []
+async def _fill(room: Tensor, bucket: str, request: Request) -> None:
+    """With the whole body, equal to the sha256 that the header X-Content-SHA256 promised."""
+    digest, view, done = hashlib.sha256(), room.numpy().data, 0
     try:
         async for part in request.stream():
             digest.update(part)
-            parts.append(part)
+            view[done : done + len(part)] = part
+            done += len(part)
     except ClientDisconnect:
         raise Refusal(400, f"bucket {bucket}: the connection ended inside the body") from None
     promised = request.headers.get("x-content-sha256", "")
@@ -203,4 +206,3 @@ async def _verified_body(bucket: str, request: Request) -> bytes:
             400,
             f"bucket {bucket}: sha256 of the body is {digest.hexdigest()}, header X-Content-SHA256 says '{promised}'",
         )
-    return b"".join(parts)

@@ -47,6 +47,10 @@ class Guard:
             await _discard(receive, 2 * limit)
             await _reply(send, 413, error_body(413, too_large(declared.decode("latin-1"), limit)))
             return
+        if path.startswith("/weights/") and b"content-length" not in headers:
+            await _discard(receive, 2 * limit)
+            await _reply(send, 411, error_body(411, "the body of a bucket has to declare its Content-Length"))
+            return
         await self.app(scope, _counted(receive, limit), send)
 
 

@@ -114,7 +114,7 @@ class Staging:
     """The tensors of one update, by bucket, and the memory that they lie in."""
 
     buckets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    rooms: list[Tensor] = field(default_factory=list)
+    rooms: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class Rooms:
@@ -125,19 +125,19 @@ class Rooms:
         self._free: list[Tensor] = []
         self._serving: list[Tensor] = []
 
-    def take(self, size: int, device: torch.device, staging: Staging) -> Tensor:
-        """`size` bytes, which are `staging`'s from now on."""
+    def take(self, size: int, device: torch.device, staging: Staging, bucket: str) -> Tensor:
+        """`size` bytes, which are that bucket's from now on."""
         with self._lock:
             fitting = (i for i, room in enumerate(self._free) if room.nbytes == size and room.device == device)
             index = next(fitting, None)
             room = None if index is None else self._free.pop(index)
         if room is None:
             room = torch.empty(size, dtype=torch.uint8, device=device)
-        staging.rooms.append(room)
+        staging.rooms.setdefault(bucket, []).append(room)
         return room
 
-    def copy_of(self, tensor: Tensor, staging: Staging) -> Tensor:
-        room = self.take(tensor.nbytes, tensor.device, staging)
+    def copy_of(self, tensor: Tensor, staging: Staging, bucket: str) -> Tensor:
+        room = self.take(tensor.nbytes, tensor.device, staging, bucket)
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def serve(self, staging: Staging, keep: bool) -> list[Tensor]:
@@ -147,5 +147,5 @@ class Rooms:
             unused = self._free
             self._free = [room for room in self._serving if keep and room.device.type == "cpu"]
             unused += [] if self._free else self._serving
-            self._serving = staging.rooms
+            self._serving = [room for rooms in staging.rooms.values() for room in rooms]
         return unused

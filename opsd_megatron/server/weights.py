@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd_megatron.safetensors_header import DTYPES, parse_header
 from opsd_megatron.server.refusal import Refusal
 from opsd_megatron.server.transfer import Described, Rooms, Staging
 from opsd_megatron.transfer import Member, aligned, packed_buckets, unpack
@@ -55,15 +56,33 @@ class WeightStore:
     def abort(self) -> None:
         self._staged = None
 
-    def stage(self, bucket: str, body: bytes) -> int:
-        """Number of tensors in a safetensors `body`; staging a bucket again replaces it."""
+    def room_for(self, bucket: str, num_bytes: int) -> Tensor:
+        """Host memory for the body that holds a bucket; what was staged under that name is gone.
+
+        Its memory is not used again: a request that was given up may still be writing there.
+        """
+        staged = self._open_update()
+        staged.buckets.pop(bucket, None)
+        staged.rooms.pop(bucket, None)
+        return self._rooms.take(num_bytes, torch.device("cpu"), staged, bucket)
+
+    def stage(self, bucket: str, body: Tensor) -> int:
+        """Number of tensors in a whole safetensors file, bytes in memory of `room_for`."""
         staged = self._open_update()
         try:
-            tensors = safetensors.torch.load(body)
-        except Exception as error:
+            length = int.from_bytes(_raw(body[:8]), "little")
+            if 8 + length > len(body):
+                raise ValueError(f"its header has {length} bytes, the body {len(body)}")
+            values = body[8 + length :]
+            entries = parse_header(bytes(_raw(body[8 : 8 + length])), len(values))
+        except ValueError as error:
             raise Refusal(400, f"bucket {bucket}: the body is not a whole safetensors file ({error})") from error
-        self._check(tensors, f"bucket {bucket}")
-        staged.buckets[bucket] = {name: aligned(tensor) for name, tensor in tensors.items()}
+        tensors = {}
+        for name, entry in entries.items():
+            dtype = DTYPES.get(entry.dtype, torch.uint8)
+            self._check_one(f"bucket {bucket}", name, dtype, entry.shape)
+            tensors[name] = aligned(values[entry.start : entry.stop]).view(dtype).view(entry.shape)
+        staged.buckets[bucket] = tensors
         return len(tensors)
 
     def receive(self, described: Described, member: Member, bucket_bytes: int) -> int:
@@ -76,11 +95,12 @@ class WeightStore:
         names = list(described)
         sizes = [dtype.itemsize * prod(shape) for dtype, shape in described.values()]
         for number, bucket in enumerate(packed_buckets(sizes, bucket_bytes)):
-            room = self._rooms.take(sum(sizes[index] for index in bucket), member.device, staged)
+            label = f"broadcast {number}"
+            room = self._rooms.take(sum(sizes[index] for index in bucket), member.device, staged, label)
             member.broadcast(room)
             chosen = [names[index] for index in bucket]
             dtypes, shapes = zip(*(described[name] for name in chosen), strict=True)
-            staged.buckets[f"broadcast {number}"] = dict(zip(chosen, unpack(room, dtypes, shapes), strict=True))
+            staged.buckets[label] = dict(zip(chosen, unpack(room, dtypes, shapes), strict=True))
         return len(names)
 
     def stage_directory(self, path: str) -> int:
@@ -92,8 +112,10 @@ class WeightStore:
                 tensors = safetensors.torch.load_file(file)  # mapped, not read
             except (OSError, safetensors.SafetensorError) as error:
                 raise Refusal(400, f"{file}: cannot be read as safetensors ({error})") from error
-            self._check(tensors, str(file))
-            staged.buckets[str(file)] = {name: self._rooms.copy_of(tensor, staged) for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():
+                self._check_one(str(file), name, tensor.dtype, tuple(tensor.shape))
+            copies = {name: self._rooms.copy_of(tensor, staged, str(file)) for name, tensor in tensors.items()}
+            staged.buckets[str(file)] = copies
         return sum(map(len, staged.buckets.values()))
 
     def check_complete(self) -> None:
@@ -175,10 +197,6 @@ class WeightStore:
     def _check_present(self) -> None:
         if self._shapes is not None:
             raise Refusal(409, "the weights sleep; POST /wake_up?tags=weights first")
-
-    def _check(self, tensors: dict[str, Tensor], where: str) -> None:
-        for name, tensor in tensors.items():
-            self._check_one(where, name, tensor.dtype, tuple(tensor.shape))
 
     def _check_one(self, where: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         wanted = self.parameters.get(self.tied.get(name, name))

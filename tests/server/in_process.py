@@ -58,7 +58,9 @@ async def answers(service: Service, jobs: Sequence[Job]) -> list[list[Sample]]:
 
 async def publish(service: Service, version: str) -> None:
     service.weights.begin()
-    service.weights.stage("0", safetensors.torch.save(dict(model_of(version).state_dict())))
+    body = safetensors.torch.save(dict(model_of(version).state_dict()))
+    room = service.weights.room_for("0", len(body))
+    service.weights.stage("0", room.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8)))
     await service.publish_staged(version)
 
 

@@ -1,7 +1,9 @@
+import asyncio
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.rollout.process import ServerProcess
+from opsd_megatron.server.__main__ import listen
 from opsd_megatron.server.options import ServerOptions
 from opsd_megatron.server.process import load_model
 from tests.server.serving import OLD, TOKEN, largest_gap, load, requests, server_for
@@ -27,6 +30,21 @@ def test_a_taken_port_ends_with_exit_code_2_and_says_so(exact, root, tmp_path):
     assert second._process is not None and second._process.wait(timeout=120) == 2
     assert f"--port {exact.port} is in use" in (tmp_path / "second.log").read_text()
     second.stop()
+
+
+def test_no_reply_waits_for_the_clients_acknowledgement():
+    async def is_sent_at_once() -> bool:
+        accepted = asyncio.get_running_loop().create_future()
+        listener = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener):
+            _, ours = await asyncio.open_connection(*listener.getsockname())
+            theirs = await accepted
+            nodelay = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            ours.close()
+            theirs.close()
+        return bool(nodelay)
+
+    assert asyncio.run(is_sent_at_once())
 
 
 def test_no_token_ends_with_exit_code_2(root):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from side_by_side import measure, report
 from opsd_megatron.config import ParallelConfig, RolloutConfig
 from opsd_megatron.rollout.embedded import EmbeddedBackend
 from opsd_megatron.rollout.process import ServerProcess
-from opsd_megatron.transfer import Member, as_bytes, open_store
+from opsd_megatron.transfer import Member, TransferError, as_bytes, open_store
 
 TOKEN = "token-of-the-bench"
 CHUNK_BYTES = 64 << 20
@@ -140,10 +141,11 @@ def bare_broadcast(settings: Namespace):
 def receive_bare(port: int, size: int, done) -> None:
     member = Member("gloo", "127.0.0.1", port, 1, 2, "bare", 600, torch.device("cpu"))
     values = torch.empty(size, dtype=torch.uint8)
-    while True:
-        for piece in values.split(CHUNK_BYTES):
-            member.broadcast(piece)
-        done.send(True)
+    with suppress(TransferError):  # the end of the sender is the end
+        while True:
+            for piece in values.split(CHUNK_BYTES):
+                member.broadcast(piece)
+            done.send(True)
 
 
 CONTENDERS = {

@@ -149,7 +149,8 @@ def report(title: str, settings: Any, figures: list[Figures], output: Path | Non
             table.add_row(one.name, one.missing)
             continue
         shown = [f"{one.values[name]:.8g}" if name in one.values else "" for name in names]
-        ratios = [f"{one.median_s / ours.median_s:.2f}", f"{one.peak_mib / max(ours.peak_mib, 1e-9):.2f}"]
+        memory = f"{one.peak_mib / ours.peak_mib:.2f}" if ours.peak_mib >= 1 else ""
+        ratios = [f"{one.median_s / ours.median_s:.2f}", memory]
         table.add_row(
             one.name, *shown, f"{min(one.seconds):.3f}", f"{one.median_s:.3f}", f"{one.peak_mib:.0f}", *ratios
         )
