@@ -4,13 +4,15 @@ The files are those of torch's distributed checkpoints, which Megatron loads und
 every tensor that it has written until the file is closed (2.13); here a writer holds one chunk.
 """
 
+import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from threading import Semaphore
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -33,6 +35,8 @@ from opsd_megatron.checkpoint.weight_map import Weight, weights_of
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.models.architecture import check_layout, padded_vocab
 
+FILE_BYTES = 512 << 20
+"""A file goes to the disk while the next ones are made."""
 CHUNK_ELEMENTS = 1 << 25
 """Of the largest chunk: what a writer holds."""
 
@@ -123,52 +127,58 @@ def _cuts(weight: Weight, shape: tuple[int, ...], job: ImportJob) -> list[Cut]:
 def _write(
     model: HfModel, dtype: torch.dtype, cuts: list[Cut], directory: Path, writers: int, on_bytes: Callable[[int], None]
 ) -> None:
-    """Files of chunks, one for each writer and of about equal size, then `.metadata`, which says where all are."""
-    shares: list[list[Cut]] = [[] for _ in range(writers)]
-    sizes = [0] * writers
+    """Files of chunks, of about equal size, then `.metadata`, which says where all are."""
+    total = sum(prod(cut.sizes) for cut in cuts) * dtype.itemsize
+    shares: list[list[Cut]] = [[] for _ in range(max(writers, -(-total // FILE_BYTES)))]
+    sizes = [0] * len(shares)
     for cut in sorted(cuts, key=lambda cut: prod(cut.sizes), reverse=True):
         least = sizes.index(min(sizes))
         shares[least].append(cut)
         sizes[least] += prod(cut.sizes)
     names = {cut.weight.stored.removesuffix(".weight") for cut in cuts if ".linear_" in cut.weight.stored}
     objects = sorted(f"{name}._extra_state/shard_0_1" for name in names if not name.endswith("layer_norm_weight"))
-    with ThreadPoolExecutor(writers) as pool:
-        written = [
-            pool.submit(_write_file, model, dtype, share, objects if number == 0 else [], number, directory, on_bytes)
-            for number, share in enumerate(shares)
-        ]
-        places = [one.result() for one in written]
+    at_work = Semaphore(writers)
+
+    def write(number: int) -> dict[MetadataIndex, _StorageInfo]:
+        own = shares[number], objects if number == 0 else []
+        with open(directory / f"__0_{number}.distcp", "wb") as file:
+            with at_work:  # and others when this one waits for the disk
+                places = _write_records(model, dtype, *own, file, on_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        return {index: _StorageInfo(Path(file.name).name, start, length) for index, (start, length) in places.items()}
+
+    with ThreadPoolExecutor(2 * writers) as pool:
+        places = list(pool.map(write, range(len(shares))))
     metadata = _metadata(cuts, objects, dtype, {key: place for own in places for key, place in own.items()})
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _write_file(
+def _write_records(
     model: HfModel,
     dtype: torch.dtype,
     cuts: list[Cut],
     objects: list[str],
-    number: int,
-    directory: Path,
+    file: BinaryIO,
     on_bytes: Callable[[int], None],
-) -> dict[MetadataIndex, _StorageInfo]:
-    """One file of records, each an archive of torch.save; where each record is."""
+) -> dict[MetadataIndex, tuple[int, int]]:
+    """Each an archive of torch.save; start and length of each."""
     places = {}
     # one buffer for all chunks: the pages of fresh memory take longer to get than to fill
     buffer = bytearray(max((prod(cut.sizes) for cut in cuts), default=0) * dtype.itemsize)
-    with open(directory / f"__0_{number}.distcp", "wb") as file:
 
-        def record(index: MetadataIndex, value: Any) -> None:
-            start = file.tell()
-            torch.save(value, file)
-            places[index] = _StorageInfo(f"__0_{number}.distcp", start, file.tell() - start)
+    def record(index: MetadataIndex, value: Any) -> None:
+        start = file.tell()
+        torch.save(value, file)
+        places[index] = start, file.tell() - start
 
-        for key in objects:  # Megatron's linears keep one beside their weight, empty without fp8, and ask for it
-            record(MetadataIndex(key), [None])
-        for cut in cuts:
-            chunk = torch.frombuffer(buffer, dtype=dtype, count=prod(cut.sizes)).view(cut.sizes)
-            _read(model, cut, chunk)
-            record(MetadataIndex(cut.weight.stored, torch.Size(cut.offsets)), chunk)
-            on_bytes(chunk.numel() * dtype.itemsize)
+    for key in objects:  # Megatron's linears keep one beside their weight, empty without fp8, and ask for it
+        record(MetadataIndex(key), [None])
+    for cut in cuts:
+        chunk = torch.frombuffer(buffer, dtype=dtype, count=prod(cut.sizes)).view(cut.sizes)
+        _read(model, cut, chunk)
+        record(MetadataIndex(cut.weight.stored, torch.Size(cut.offsets)), chunk)
+        on_bytes(chunk.numel() * dtype.itemsize)
     return places
 
 

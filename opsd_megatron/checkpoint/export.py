@@ -4,14 +4,12 @@ Every file is planned from the weight table before any is written; threads read 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
-from typing import Any, TypeVar
+from threading import Semaphore
+from typing import Any
 
 from opsd_megatron.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, beside_weights, block_of, check_target
 from opsd_megatron.checkpoint.manifest import MANIFEST, manifest_text
@@ -23,9 +21,7 @@ from opsd_megatron.errors import CheckpointError
 INTERPRETER_BYTES = 500_000_000
 """Python with torch and what this module imports."""
 WRITER_BYTES = 30 * BLOCK_BYTES
-"""Blocks read ahead, converted, hashed and written, and as many that the allocator keeps for each of three threads."""
-_AHEAD = 2
-Item = TypeVar("Item")
+"""A block that is read, converted, hashed and written, and what the allocator keeps of earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +68,18 @@ def export_checkpoint(
     check_target(job.output, job.overwrite)
     shards = plan_export(model, job)
     parts = {part.name: part for part in parts_of(model.architecture)}
+    at_work = Semaphore(job.writers)
 
     def blocks(shard: ShardPlan) -> Iterator[Block]:
-        yield shard.header
-        for tensor in shard.tensors:
-            for rows in blocks_of(model, parts[tensor.name]):
-                yield block_of(rows)
+        with at_work:  # given back before the writer waits for the disk, so that another file is on its way meanwhile
+            yield shard.header
+            for tensor in shard.tensors:
+                for rows in blocks_of(model, parts[tensor.name]):
+                    yield block_of(rows)
 
     with Staging(job.output, _identity(job, shards), on_bytes) as staging:
-        with ThreadPoolExecutor(job.writers) as pool:
-            written = [pool.submit(staging.write, shard.file, read_ahead(blocks(shard))) for shard in shards]
+        with ThreadPoolExecutor(2 * job.writers) as pool:
+            written = [pool.submit(staging.write, shard.file, blocks(shard)) for shard in shards]
             for one in written:
                 one.result()
         for name, content in beside_weights(shards, model.architecture.hf_config, job.side_files).items():
@@ -103,38 +101,6 @@ def _identity(job: ExportJob, shards: list[ShardPlan]) -> dict[str, Any]:
         "side files": str(job.side_files),
         "facts": json.loads(json.dumps(job.provenance, default=str)),
     }
-
-
-def read_ahead(items: Iterable[Item], depth: int = _AHEAD) -> Iterator[Item]:
-    """The same items, made by a thread that is at most `depth` ahead; its exception comes out here."""
-    ready: Queue[tuple[str, Any]] = Queue(depth)
-    stopped = False
-
-    def make() -> None:
-        try:
-            for item in items:
-                ready.put(("item", item))
-                if stopped:
-                    return
-            ready.put(("end", None))
-        except BaseException as error:
-            ready.put(("error", error))
-
-    thread = Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped = True
-        while thread.is_alive():
-            with suppress(Empty):
-                ready.get(timeout=0.05)
 
 
 def refuse_beyond(limit: int | None, needed: int, smallest: str) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 from opsd_megatron.errors import CheckpointError
 
 Block = bytes | memoryview
+_CACHED_BYTES = 1 << 20
+"""What is still in the processor's cache when it is written, having been hashed."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,19 @@ def write_file(
 ) -> FileRecord:
     """Writes the blocks as one file below `directory`, durably and under its name only when whole.
 
-    A block is hashed while it is written, and the next one is not asked for before both are done.
+    A block is hashed and written before the next one is asked for; what follows the last one is waiting for the disk.
     """
     digest, size, path = hashlib.sha256(), 0, directory / name
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
+    with open(temporary, "wb", buffering=0) as out:
         for block in blocks:
-            hashed = hasher.submit(digest.update, block)
-            write_all(out, block)
+            for start in range(0, len(block), _CACHED_BYTES):
+                piece = block[start : start + _CACHED_BYTES]
+                digest.update(piece)
+                write_all(out, piece)
             size += len(block)
             on_bytes(len(block))
-            hashed.result()
         os.fsync(out.fileno())
     temporary.rename(path)
     return FileRecord(name, size, digest.hexdigest())

@@ -21,7 +21,7 @@ from opsd_megatron.checkpoint.shard_plan import TensorSpec
 from opsd_megatron.checkpoint.weight_map import Weight, weights_of
 from opsd_megatron.models.architecture import Architecture
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 """Rows are read, converted and written in blocks of about this size: small enough for the allocator to use them again,
 and for the hash to find them in the cache."""
 _NOT_WEIGHTS = ("optimizer.", "chained_", "teacher.", "rng_state", "random_state", "rerun_state")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from opsd_megatron.checkpoint.export import INTERPRETER_BYTES, read_ahead
+from opsd_megatron.checkpoint.export import INTERPRETER_BYTES
 from opsd_megatron.checkpoint.manifest import MANIFEST, manifest_problems, read_manifest
 from opsd_megatron.errors import CheckpointError, ConfigError
 from opsd_megatron.launch.convert import Export, Import, Inspect, Verify
@@ -170,22 +170,6 @@ def test_an_export_killed_at_any_moment_is_taken_up_and_ends_with_the_same_files
 
 def export_into(checkpoint, output, model, arguments) -> None:
     export_model(checkpoint, output, model, **arguments)
-
-
-def test_reading_ahead_gives_everything_in_order_and_hands_errors_on():
-    assert list(read_ahead(iter(range(50)))) == list(range(50))
-
-    def fails():
-        yield 1
-        raise OSError("gone")
-
-    ahead = read_ahead(fails())
-    assert next(ahead) == 1
-    with pytest.raises(OSError, match="gone"):
-        next(ahead)
-    endless = read_ahead(iter(int, 1))
-    assert next(endless) == 0
-    endless.close()
 
 
 def test_the_marker_of_a_finished_directory_is_written_last(run, tmp_path):
