@@ -35,7 +35,6 @@ from opsd_megatron.evaluation.exact_match import LengthScore, append_rows, evalu
 from opsd_megatron.evaluation.plot import plot_accuracy
 from opsd_megatron.launch.command import exit_with
 from opsd_megatron.rollout.process import start_server
-from opsd_megatron.train.sampling import greedy
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny"
@@ -160,6 +159,8 @@ def train(recipe: str, seed: int, directory: Path, url: str, token: str) -> None
 
 
 def evaluate(demo: Demo, directory: Path, server, when: str) -> list[LengthScore]:
+    from opsd_megatron.train.sampling import greedy  # imports Megatron, whose warnings are quiet by now
+
     tokenizer = load_tokenizer(MODEL)
     records = list(read_records(directory / "eval.jsonl"))
     with server.backend() as backend:
