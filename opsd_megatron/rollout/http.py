@@ -41,8 +41,11 @@ class Http:
         # reading the certificates takes tens of milliseconds, and nothing here follows a redirect to another scheme
         self._tls = ssl.create_default_context() if self.url.startswith("https:") else False
         self._own, self._clients = threading.local(), []
+        self._closed = threading.Event()
 
     def close(self) -> None:
+        """Requests that other threads are making fail, and are not repeated."""
+        self._closed.set()
         for client in self._clients:
             client.close()
 
@@ -97,15 +100,15 @@ class Http:
             pause = random.uniform(0, min(0.25 * 2**attempt, 5.0))
             now = time.monotonic()
             deadline = deadline or now + self.retry_s  # from the first failure: a reply may take long to fail to come
-            if not repeat or now + pause > deadline:
-                tried = f", for {self.retry_s:.0f} s" if repeat else ""
-                raise ServerUnreachable(
-                    f"{method} {self.url}{path}: {problem}{tried}; is the server running, and is rollout.url its "
-                    "address?"
-                )
-            log.warning("%s %s: %s; trying again", method, path, problem)
-            time.sleep(pause)
-            attempt += 1
+            if repeat and now + pause <= deadline and not self._closed.is_set():
+                log.warning("%s %s: %s; trying again", method, path, problem)
+                if not self._closed.wait(pause):
+                    attempt += 1
+                    continue
+            tried = f", for {self.retry_s:.0f} s" if repeat else ""
+            raise ServerUnreachable(
+                f"{method} {self.url}{path}: {problem}{tried}; is the server running, and is rollout.url its address?"
+            )
 
     def json(self, method: str, path: str, **arguments) -> Any:
         """The parsed reply."""

@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,6 +47,16 @@ def test_a_server_that_stays_away_is_given_up_after_retry_s(urls, way):
     backend = EmbeddedBackend(urls[way], "some-token", retry_s=0.5, timeout_s=0.3)
     with backend, pytest.raises(ServerUnreachable, match=r"rollout\.url"):
         backend.generate([REQUEST])
+
+
+def test_a_closed_client_tries_no_longer(urls):
+    backend = EmbeddedBackend(urls["503"], "some-token", retry_s=600)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(backend.generate, [REQUEST])
+        time.sleep(0.5)
+        backend.close()
+        with pytest.raises(ServerUnreachable, match="503"):
+            running.result(10)
 
 
 def test_nobody_at_the_address_is_a_server_error():
