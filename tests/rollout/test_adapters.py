@@ -96,7 +96,7 @@ def test_sglang_reports_no_logprobs_after_filters():
 def test_without_spans_a_change_of_weights_under_a_request_is_an_error():
     with serving("vllm-completions") as subject, subject.connect() as backend, subject.connect() as other:
         assert not backend.capabilities().has_spans
-        with under_way(backend, request("one", max_tokens=300)) as (running,):
+        with under_way(backend, request("one", max_tokens=2000)) as (running,):
             other.update_from_disk("new", "new")
             with pytest.raises(WrongWeightVersion, match="old to new"):
                 running.result(20)
