@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from opsd_megatron.transfer import ALIGNMENT
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Those that we read and write; files of others have quantised weights."""
-ALIGNMENT = 64
-"""Bytes. Where a file or a message is mapped or received at such a multiple, its tensors can be used in place."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -25,7 +25,10 @@ class Entry:
 
 
 def make_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """The length in 8 bytes, then JSON padded with spaces, for tensors that follow in this order without gaps."""
+    """The length in 8 bytes, then JSON, for tensors that follow in this order without gaps.
+
+    Padded with spaces, so that tensors of a message that is received at a multiple of ALIGNMENT can be used in place.
+    """
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, dtype, shape in tensors:

@@ -6,7 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from opsd_megatron.safetensors_header import ALIGNMENT, make_header, parse_header
+from opsd_megatron.safetensors_header import make_header, parse_header
+from opsd_megatron.transfer import ALIGNMENT
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "none": torch.empty(0, 4)}
 

@@ -140,13 +140,12 @@ def _write(
     at_work = Semaphore(writers)
 
     def write(number: int) -> dict[MetadataIndex, _StorageInfo]:
-        own = shares[number], objects if number == 0 else []
         with open(directory / f"__0_{number}.distcp", "wb") as file:
             with at_work:  # and others when this one waits for the disk
-                places = _write_records(model, dtype, *own, file, on_bytes)
+                places = _write_records(model, dtype, shares[number], objects if number == 0 else [], file, on_bytes)
             file.flush()
             os.fsync(file.fileno())
-        return {index: _StorageInfo(Path(file.name).name, start, length) for index, (start, length) in places.items()}
+        return places
 
     with ThreadPoolExecutor(2 * writers) as pool:
         places = list(pool.map(write, range(len(shares))))
@@ -161,8 +160,8 @@ def _write_records(
     objects: list[str],
     file: BinaryIO,
     on_bytes: Callable[[int], None],
-) -> dict[MetadataIndex, tuple[int, int]]:
-    """Each an archive of torch.save; start and length of each."""
+) -> dict[MetadataIndex, _StorageInfo]:
+    """Each an archive of torch.save; where each is."""
     places = {}
     # one buffer for all chunks: the pages of fresh memory take longer to get than to fill
     buffer = bytearray(max((prod(cut.sizes) for cut in cuts), default=0) * dtype.itemsize)
@@ -170,7 +169,7 @@ def _write_records(
     def record(index: MetadataIndex, value: Any) -> None:
         start = file.tell()
         torch.save(value, file)
-        places[index] = start, file.tell() - start
+        places[index] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
 
     for key in objects:  # Megatron's linears keep one beside their weight, empty without fp8, and ask for it
         record(MetadataIndex(key), [None])

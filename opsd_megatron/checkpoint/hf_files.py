@@ -32,17 +32,15 @@ class HfReader:
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         index = self.directory / INDEX_FILE
-        if index.exists():
-            file_of = _read_index(index)
-        elif (self.directory / SINGLE_FILE).exists():
-            file_of = dict.fromkeys(read_header(self.directory / SINGLE_FILE).entries, SINGLE_FILE)
-        else:
+        listed = _read_index(index) if index.exists() else None
+        if listed is None and not (self.directory / SINGLE_FILE).exists():
             raise CheckpointError(
                 f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; "
                 "give a directory with safetensors weights (convert .bin files with transformers' save_pretrained)"
             )
-        self._file_of = file_of
-        self._headers = {name: read_header(self.directory / name) for name in sorted(set(file_of.values()))}
+        files = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
+        self._headers = {name: read_header(self.directory / name) for name in files}
+        self._file_of = dict.fromkeys(self._headers[SINGLE_FILE].entries, SINGLE_FILE) if listed is None else listed
         self._opened: dict[Path, Any] = {}
         self._check_index()
 
@@ -86,7 +84,8 @@ class HfReader:
         self, name: str, dim: int | None = None, bounds: tuple[int, int] | None = None
     ) -> Shaped[Tensor, "*shape"]:
         """The tensor, or its indices bounds[0] to bounds[1] along `dim` (0 or 1), without reading the rest."""
-        path, _ = self.path_of(name), self.dtype(name)
+        path = self.path_of(name)
+        self.dtype(name)
         try:
             if path not in self._opened:
                 self._opened[path] = safe_open(path, framework="pt")
