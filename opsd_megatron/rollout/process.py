@@ -37,7 +37,8 @@ class ServerProcess:
         start_timeout_s: float = 180.0,
     ):
         """`port` 0 takes a free one; `arguments` are further flags of the server."""
-        self.port = port or free_port()
+        self._reservation = None if port else reserve_port()
+        self.port = self._reservation.getsockname()[1] if self._reservation else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.token, self.log_path, self.start_timeout_s = token, log_path, start_timeout_s
         self._command = [sys.executable, "-m", "opsd_megatron.server", "--model", str(model), "--port", str(self.port)]
@@ -104,6 +105,8 @@ class ServerProcess:
     def stop(self) -> int | None:
         """Its exit code; asks first, and kills what does not end in time."""
         process, self._process = self._process, None
+        if self._reservation:
+            self._reservation.close()
         if process is None:
             return None
         if process.stdin:
@@ -134,8 +137,12 @@ def start_server(model: Path, token: str, log_path: Path, **options) -> ServerPr
     return server
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserve_port() -> socket.socket:
+    """A free port on 127.0.0.1, for a server that sets SO_REUSEADDR: bound, not listening, the server's until closed.
+
+    A port that was only looked up may be anybody's by the time the server has started.
+    """
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("127.0.0.1", 0))
+    return reservation

@@ -3,13 +3,11 @@
 import asyncio
 import json
 import multiprocessing
-import time
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-
-from opsd_megatron.rollout.process import free_port
 
 GENERATE = "/inference/v1/generate"
 
@@ -152,10 +150,10 @@ def _message(first: bytes, body: bytes) -> bytes:
     return first + b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
-async def _run(ports: Sequence[int], upstream: Sequence[int], control: Connection) -> None:
+async def _run(listeners: Sequence[socket.socket], upstream: Sequence[int], control: Connection) -> None:
     lines = [_Line(port) for port in upstream]
-    for port, line in zip(ports, lines, strict=True):
-        await asyncio.start_server(line.serve, "127.0.0.1", port, limit=1 << 26)
+    for listener, line in zip(listeners, lines, strict=True):
+        await asyncio.start_server(line.serve, sock=listener, limit=1 << 26)
     while True:
         number, order = await asyncio.get_running_loop().run_in_executor(None, control.recv)
         if order == "hits":
@@ -165,21 +163,24 @@ async def _run(ports: Sequence[int], upstream: Sequence[int], control: Connectio
             control.send("ok")
 
 
-def _start(ports: Sequence[int], upstream: Sequence[int], control: Connection) -> None:
+def _start(listeners: Sequence[socket.socket], upstream: Sequence[int], control: Connection) -> None:
     with suppress(EOFError):
-        asyncio.run(_run(ports, upstream, control))
+        asyncio.run(_run(listeners, upstream, control))
 
 
 @contextmanager
 def proxied(upstream: Sequence[int]) -> Iterator[Faults]:
     """A proxy for each port of `upstream`."""
-    ports = [free_port() for _ in upstream]
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in upstream]
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_start, args=(ports, upstream, theirs), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=_start, args=(listeners, upstream, theirs), daemon=True
+    )
     process.start()
     try:
-        time.sleep(0.2)
-        yield Faults([f"http://127.0.0.1:{port}" for port in ports], ours)
+        yield Faults([f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners], ours)
     finally:
         process.kill()
         process.join()
+        for listener in listeners:
+            listener.close()

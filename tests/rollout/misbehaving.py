@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from opsd_megatron.rollout.process import free_port
-
 INFO = {
     "server_id": "s1",
     "engine": "fast",
@@ -109,22 +107,24 @@ class _Answer(BaseHTTPRequestHandler):
         pass
 
 
-def _serve_all(ports: dict[str, int]) -> None:
-    """One port per way, all in this process."""
-    for way, port in ports.items():
-        handler = type("Answer", (_Answer,), {"way": way})
-        threading.Thread(target=ThreadingHTTPServer(("127.0.0.1", port), handler).serve_forever, daemon=True).start()
+def _serve_all(servers: list[ThreadingHTTPServer]) -> None:
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     time.sleep(3600)
 
 
 @contextmanager
 def misbehaving_servers(ways: list[str]) -> Iterator[dict[str, str]]:
-    """URL of a server for each way."""
-    ports = {way: free_port() for way in ways}
-    process = multiprocessing.get_context("fork").Process(target=_serve_all, args=(ports,), daemon=True)
+    """URL of a server for each way; all in one process."""
+    servers = {way: ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"way": way})) for way in ways}
+    process = multiprocessing.get_context("fork").Process(
+        target=_serve_all, args=(list(servers.values()),), daemon=True
+    )
     process.start()
     try:
-        yield {way: f"http://127.0.0.1:{port}" for way, port in ports.items()}
+        yield {way: f"http://127.0.0.1:{server.server_port}" for way, server in servers.items()}
     finally:
         process.kill()
         process.join()
+        for server in servers.values():
+            server.server_close()

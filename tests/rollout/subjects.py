@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from opsd_megatron.rollout.connect import connect
-from opsd_megatron.rollout.process import free_port
+from opsd_megatron.rollout.process import reserve_port
 from tests.server.serving import TOKEN, served, shared_servers
 
 ADMIN = "admin-token-of-the-tests"
@@ -50,10 +50,12 @@ class Subject:
 @cache
 def fake(name: str) -> Subject:
     script, *flags = FAKES[name]
-    port = free_port()
+    reservation = reserve_port()
+    port = reservation.getsockname()[1]
     command = [sys.executable, str(Path(__file__).with_name(script)), "--port", str(port), *flags]
     process = subprocess.Popen([*command, "--token", TOKEN, "--admin-token", ADMIN])
     atexit.register(process.kill)
+    atexit.register(reservation.close)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

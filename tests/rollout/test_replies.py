@@ -6,7 +6,7 @@ import pytest
 from opsd_megatron.errors import ServerError
 from opsd_megatron.rollout.backend import GenerateRequest, MalformedReply, ServerRefused, ServerUnreachable
 from opsd_megatron.rollout.embedded import EmbeddedBackend
-from opsd_megatron.rollout.process import free_port
+from opsd_megatron.rollout.process import reserve_port
 from tests.rollout.misbehaving import NONSENSE, RAW, misbehaving_servers
 
 REQUEST = GenerateRequest("r", [1, 2], max_tokens=3)
@@ -60,7 +60,10 @@ def test_a_closed_client_tries_no_longer(urls):
 
 
 def test_nobody_at_the_address_is_a_server_error():
-    with EmbeddedBackend(f"http://127.0.0.1:{free_port()}", "some-token", retry_s=0.2) as backend:
+    with (
+        reserve_port() as nobody,
+        EmbeddedBackend(f"http://127.0.0.1:{nobody.getsockname()[1]}", "some-token", retry_s=0.2) as backend,
+    ):
         assert not backend.health()
         with pytest.raises(ServerError, match="is the server running"):
             backend.weight_version()

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from opsd_megatron.errors import ConfigError
-from opsd_megatron.rollout.process import ServerProcess
+from opsd_megatron.rollout.process import ServerProcess, reserve_port
 from opsd_megatron.server.__main__ import listen
 from opsd_megatron.server.options import ServerOptions
 from opsd_megatron.server.process import load_model
@@ -30,6 +30,14 @@ def test_a_taken_port_ends_with_exit_code_2_and_says_so(exact, root, tmp_path):
     assert second._process is not None and second._process.wait(timeout=120) == 2
     assert f"--port {exact.port} is in use" in (tmp_path / "second.log").read_text()
     second.stop()
+
+
+def test_a_reserved_port_is_the_servers_and_nobody_elses():
+    with reserve_port() as reservation, socket.socket() as somebody:
+        port = reservation.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            somebody.bind(("127.0.0.1", port))
+        listen("127.0.0.1", port).close()
 
 
 def test_no_reply_waits_for_the_clients_acknowledgement():
