@@ -24,9 +24,12 @@ from torch import Tensor
 from opsd_megatron.losses.vocabulary import VocabShard
 from opsd_megatron.parallel.reduce import sum_over
 
-PART_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
+PART_ELEMENTS = 2**26
+"""Logits of a part."""
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Logits of a part and of a block, by kind of device."""
+"""Logits of an eager block, by kind of device. A compiled one has four times as many: nothing of its size is stored."""
+SLICE_COLUMNS = 512
+"""That a CPU multiplies at once: 256 rows with the whole head in one call take a fifth longer."""
 
 ScoreBlock = Callable[[slice, Sequence[Tensor], bool], Tensor]
 """(rows, logits, with_gradient) -> [quantities, rows] with the loss first.
@@ -45,7 +48,9 @@ class Distribution:
     temperature: float
 
     def write_logits(self, rows: slice, logits: Float[Tensor, "rows vocab_shard"]) -> None:
-        _multiply(self.hidden[rows], self.columns.t(), logits, 1 / self.temperature)
+        width = logits.shape[1] if logits.is_cuda else SLICE_COLUMNS
+        for columns, products in zip(self.columns.split(width), logits.split(width, dim=1), strict=True):
+            _multiply(self.hidden[rows], columns.t(), products, 1 / self.temperature)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class ChunkedPass:
     temperature: float
     """Of the student."""
     chunk_tokens: int
+    compiled: bool
 
 
 def run_chunks(
@@ -141,7 +147,8 @@ def _run(
     values = hidden.new_empty(plan.quantities, hidden.shape[0], dtype=exact)
     with_gradient = hidden_gradient is not None or weight_gradient is not None
     # by the columns held, padding too: every tp rank must cut the rows alike, since each block is reduced over tp
-    part_rows, block_rows = (max(1, most[kind] // weight.shape[0]) for most in (PART_ELEMENTS, BLOCK_ELEMENTS))
+    block_elements = BLOCK_ELEMENTS[kind] * (4 if plan.compiled else 1)
+    part_rows, block_rows = (max(1, most // weight.shape[0]) for most in (PART_ELEMENTS, block_elements))
     # one set of buffers for all chunks: the pages of a fresh tensor cost a CPU as much as an exponential
     rows_at_most = min(plan.chunk_tokens, hidden.shape[0])
     gradient = hidden.new_empty(rows_at_most if with_gradient else 0, width)

@@ -95,7 +95,7 @@ def distill_head(
             write_gradient(factor / student_temperature)
         return values
 
-    plan = ChunkedPass(score, 8, (teacher,), shard, student_temperature, objective.chunk_tokens)
+    plan = ChunkedPass(score, 8, (teacher,), shard, student_temperature, objective.chunk_tokens, compiled)
     loss_sum, values = run_chunks(student_hidden, student_weight, plan)
     _, divergence, reverse_kl, entropy, student_logprob, teacher_logprob, advantage, importance = values
     return HeadResult(
@@ -150,7 +150,7 @@ def cross_entropy_head(
             write_gradient(weights[rows] / temperature)
         return torch.stack([-weights[rows] * logprob, logprob, cross + scale.totals[0].log()])
 
-    plan = ChunkedPass(score, 3, (), shard, temperature, chunk_tokens)
+    plan = ChunkedPass(score, 3, (), shard, temperature, chunk_tokens, compiled)
     loss_sum, values = run_chunks(hidden, weight, plan)
     return CrossEntropyResult(loss_sum, values[1], values[2])
 

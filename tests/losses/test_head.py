@@ -64,12 +64,13 @@ def test_loss_and_gradients_do_not_depend_on_the_chunk_size(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_neither_do_they_depend_on_parts_and_blocks(monkeypatch, name, dtype):
+def test_neither_do_they_depend_on_parts_blocks_and_slices(monkeypatch, name, dtype):
     problem, objective = with_leaves(make_problem(dtype=dtype)), replace(OBJECTIVES[name], chunk_tokens=12)
     whole = run_head(problem, objective)
     expected = gradients(problem, whole.loss_sum)
-    monkeypatch.setattr(chunked, "PART_ELEMENTS", {"cpu": 5 * 128})
+    monkeypatch.setattr(chunked, "PART_ELEMENTS", 5 * 128)
     monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", {"cpu": 2 * 128})
+    monkeypatch.setattr(chunked, "SLICE_COLUMNS", 7)
     cut = run_head(problem, objective)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-2
     torch.testing.assert_close(cut.loss_sum, whole.loss_sum, rtol=min(tolerance, 1e-6), atol=0)
@@ -82,7 +83,7 @@ def test_compiled_passes_give_the_same_for_blocks_of_any_size(monkeypatch, name)
     problem = with_leaves(make_problem(dtype=torch.float32))
     eager = run_head(problem, OBJECTIVES[name])
     expected = gradients(problem, eager.loss_sum)
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", {"cpu": 8 * 128})
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", {"cpu": 2 * 128})
     compiled = run_head(problem, replace(OBJECTIVES[name], compiled=True, chunk_tokens=20))
     for quantity in ("divergence", "reverse_kl", "student_logprob", "teacher_logprob", "entropy"):
         torch.testing.assert_close(getattr(compiled, quantity), getattr(eager, quantity), rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ def head_on_rank(problem_arguments: dict, objective: Distill, left_out: str | No
     restore = leave_out(left_out)
     pieces = chunked.PART_ELEMENTS, chunked.BLOCK_ELEMENTS
     # the ranks' columns differ in number, and no piece is as large as the one that holds it
-    chunked.PART_ELEMENTS, chunked.BLOCK_ELEMENTS = {"cpu": 6 * held}, {"cpu": 3 * held}
+    chunked.PART_ELEMENTS, chunked.BLOCK_ELEMENTS = 6 * held, {"cpu": 3 * held}
     try:
         result = head.distill_head(
             hidden,

@@ -20,6 +20,7 @@ from side_by_side import Figures, Run, measure, report
 from torch import Tensor
 
 from opsd_megatron.config import Distill
+from opsd_megatron.losses.chunked import Distribution, pieces
 from opsd_megatron.losses.head import distill_head
 from opsd_megatron.parallel.axis import Axis
 
@@ -128,16 +129,17 @@ def log_probs(inputs: Inputs, who: str) -> Tensor:
 def matrix_products(settings: argparse.Namespace) -> Run:
     inputs = make_inputs(settings)
     hidden, weight = inputs["student_hidden"], inputs["student_weight"]
+    distribution = Distribution(hidden, weight, 1.0)
 
     def run() -> Mapping[str, float]:
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
         logits = hidden.new_empty(min(settings.chunk, settings.rows), settings.vocab)
-        for chunk, gradient in zip(hidden.split(settings.chunk), hidden_gradient.split(settings.chunk), strict=True):
-            made = logits[: len(chunk)]
+        for rows in pieces(slice(0, settings.rows), settings.chunk):
+            made = logits[: rows.stop - rows.start]
             for _ in range(2):
-                torch.mm(chunk, weight.t(), out=made)
-            torch.mm(made, weight, out=gradient)
-            weight_gradient.addmm_(made.t(), chunk)
+                distribution.write_logits(rows, made)
+            torch.mm(made, weight, out=hidden_gradient[rows])
+            weight_gradient.addmm_(made.t(), hidden[rows])
         return {}
 
     return run

@@ -10,13 +10,14 @@ _EAGER_TENSORS = 8
 
 def head_bytes(objective: Distill | SelfSft, rows: int, w: Widths) -> Tensors:
     """At the last chunk of `rows` response rows on one rank; the head's gradient is made in `main_grad`."""
-    kind = "cuda" if w.is_cuda else "cpu"
-    most_part, most_block = (max(1, elements[kind] // w.vocab) for elements in (PART_ELEMENTS, BLOCK_ELEMENTS))
+    block_elements = BLOCK_ELEMENTS["cuda" if w.is_cuda else "cpu"]
+    most_part, most_block = (max(1, elements // w.vocab) for elements in (PART_ELEMENTS, block_elements))
     chunk = _largest_piece(rows, objective.chunk_tokens)
     part = _largest_piece(chunk, most_part)
     block = _largest_piece(part, most_block)
     is_distillation = isinstance(objective, Distill)
-    stored = 0 if w.is_cuda and (not is_distillation or objective.compiled is not False) else _EAGER_TENSORS
+    wanted = objective.compiled if isinstance(objective, Distill) else None
+    stored = 0 if (w.is_cuda if wanted is None else wanted) else _EAGER_TENSORS
     buffers = {
         "rows of the student": rows * w.hidden * w.value,
         "gradient of the rows": rows * w.hidden * SINGLE,
