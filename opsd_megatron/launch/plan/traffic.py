@@ -49,18 +49,22 @@ def _tensor(config: RunConfig, a: Architecture, work: Workload, value: int) -> f
     """Per layer and pass over it: two matrices that sum their outputs, two that sum their inputs' gradients.
 
     An all-reduce is a reduce-scatter and an all-gather. Sequence parallelism does either where it is needed, and
-    gathers the inputs of two matrices again for their weights' gradients. Embedding and final gather are left out.
+    gathers the inputs of two matrices again for their weights' gradients. The first stage sums the embedding's parts;
+    the last one gathers what comes out of it under sequence parallelism, and sums the gradient of the rows.
     """
     parallel = config.parallel
     layers, share = a.num_layers // parallel.pp, (parallel.tp - 1) / parallel.tp
-    backward = 6 if parallel.sequence_parallel else 4
+    is_cut = parallel.sequence_parallel
     again = {"full": 4, "mlp": 2, "mlp+norms": 2}.get(config.model.recompute, 0)
-    passes = [(work.student, layers * (4 + backward + again))]
-    if isinstance(config.objective, Distill):
-        passes.append((work.teacher, layers * 4))
-    moved = sum(one.microbatches * one.tokens * value * times for one, times in passes)
-    rows = 2 * work.student.microbatches * work.student.rows * EXACT  # the gradient of the rows, summed over tp
-    return (moved + rows) * a.hidden_size * share
+    moved = {name: one.microbatches * one.tokens * value for name, one in vars(work).items()}
+    if not isinstance(config.objective, Distill):
+        moved["teacher"] = 0
+    rows = 2 * work.student.microbatches * work.student.rows * EXACT
+    inside = layers * (moved["student"] * (4 + (6 if is_cut else 4) + again) + moved["teacher"] * 4)
+    first = 2 * moved["student"] + (1 if is_cut else 2) * moved["teacher"]
+    last = is_cut * (moved["student"] + moved["teacher"]) + rows
+    ends = first + last if parallel.pp == 1 else max(first, last)
+    return (inside + ends) * a.hidden_size * share
 
 
 def _pipeline(config: RunConfig, a: Architecture, work: Workload, value: int) -> float:
