@@ -43,6 +43,24 @@ class Live:
     watch: Watch | None = None
     samples: dict[SampleKey, Sample] = field(default_factory=dict)
 
+    def finish(self, key: SampleKey, result: Continuation, reason: FinishReason) -> None:
+        """One sample is whole; the last one makes the request so."""
+        last = result.token_ids[-1] if reason == "stop" else None
+        self.samples[key] = Sample(
+            result.token_ids,
+            result.logprobs,
+            result.raw_logprobs,
+            reason,
+            last if last in self.job.stop_token_ids else None,
+            version_spans(self.marks[key], len(result.token_ids)),
+            cached_tokens=result.cached_tokens,
+        )
+        if len(self.samples) == self.job.samples and not self.done.done():
+            self.done.set_result([self.samples[key] for key in self.job.keys])
+
+    def fail(self, reason: str) -> None:
+        self.done.set_exception(RuntimeError(reason))
+
 
 def version_spans(marks: list[tuple[str, int]], length: int) -> list[VersionSpan]:
     """Contiguous spans over [0, length); versions that sampled nothing are left out."""

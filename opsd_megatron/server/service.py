@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from opsd_megatron.server.admission import QueueLimits
-from opsd_megatron.server.engine import Continuation, Engine, Job, SampleKey
+from opsd_megatron.server.engine import Engine, Job
+from opsd_megatron.server.in_flight import InFlight
 from opsd_megatron.server.metrics import Metrics
 from opsd_megatron.server.prefix_cache import salt_suffix
 from opsd_megatron.server.refusal import Refusal
-from opsd_megatron.server.requests import FinishReason, Live, PauseMode, Sample, Watch, version_spans
+from opsd_megatron.server.requests import Live, PauseMode, Sample, Watch
 from opsd_megatron.server.scoring import score_tokens
 from opsd_megatron.server.sleep import Sleep
 from opsd_megatron.server.transfer import Receiver
@@ -40,8 +41,10 @@ class Service:
         self.broken: str | None = None
         self.is_stopping = False
         self._last_update_s = 0.0
-        self._live: dict[str, Live] = {}
+        self.requests = InFlight(engine)
         self._at_gate: dict[str, Job] = {}
+        self._gate = asyncio.Event()
+        self._gate.set()
         self._numbers = itertools.count()
         self.control = asyncio.Lock()
         self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-control")
@@ -50,10 +53,7 @@ class Service:
 
     async def start(self, vocab_size: int) -> None:
         """Ready once the engine has made its first tokens."""
-        self._gate, self._idle = asyncio.Event(), asyncio.Event()
-        self._gate.set()
-        self._idle.set()
-        self.engine.start(self._deliver)
+        self.engine.start(self.requests.deliver)
         self._watch = asyncio.create_task(self._fail_what_a_dead_engine_left())
         prompt = tuple(token % vocab_size for token in range(1, 9))
         job = Job("warm-up", prompt, 1, 2, 1.0, 1.0, 0, 0, frozenset())
@@ -69,7 +69,7 @@ class Service:
         """Takes nothing new; what still runs after `patience_s` ends with what it has."""
         self.is_stopping = True
         try:
-            await asyncio.wait_for(self._idle.wait(), patience_s)
+            await asyncio.wait_for(self.requests.until_idle(), patience_s)
         except TimeoutError:
             log.info("stopping: %d requests end with what they have", await self.abort(None))
 
@@ -104,23 +104,16 @@ class Service:
         finally:
             del self._at_gate[job.job_id]
         arrived = time.perf_counter()
-        live = Live(job, request_id, asyncio.get_running_loop().create_future(), {}, watch)
-        live.marks = {key: [(self.version, 0)] for key in job.keys}
-        self._live[job.job_id] = live
-        self._idle.clear()
+        live = self.requests.add(job, request_id, watch, self.version)
         try:
-            if job.max_tokens:
-                self.engine.submit(job)
-            else:
-                for key in job.keys:
-                    self._finish(live, key, Continuation(), "length")
+            self.requests.start(live)
             samples = await live.done
             return samples if job.scored is None else await self.in_engine_thread(lambda: self._score(live, samples))
         except BaseException:  # hung up, or one sample failed: the others are of no use
             self.engine.cancel(job.keys)
             raise
         finally:
-            self._forget(job.job_id)
+            self.requests.forget(job.job_id)
             self._count(live, time.perf_counter() - arrived)
 
     async def pause(self, mode: PauseMode) -> None:
@@ -129,15 +122,15 @@ class Service:
                 return
             if self.paused is not None:
                 raise Refusal(409, f"already paused with mode={self.paused}; POST /resume first")
-            if mode == "wait" and self.sleep.is_held and self._live:
+            if mode == "wait" and self.sleep.is_held and self.requests:
                 raise Refusal(409, "requests that sleep cannot finish; POST /wake_up first")
             self.paused = mode
             self._gate.clear()
             if mode == "wait":
-                await self._idle.wait()
+                await self.requests.until_idle()
             await self.in_engine_thread(self.engine.freeze)
             if mode == "abort":
-                self.end_all()
+                self.requests.end(self.requests)
 
     async def resume(self) -> None:
         async with self.control:
@@ -151,8 +144,8 @@ class Service:
         async with self.control:
             wanted = None if request_ids is None else {name.removeprefix("generate-tokens-") for name in request_ids}
             async with self.frozen():
-                chosen = [live for live in self._live.values() if wanted is None or live.request_id in wanted]
-                self.end(chosen)
+                chosen = [live for live in self.requests if wanted is None or live.request_id in wanted]
+                self.requests.end(chosen)
             return len(chosen)
 
     async def publish_staged(self, version: str) -> float:
@@ -163,7 +156,7 @@ class Service:
             replaced = []
             try:
                 if self.paused is None and not self.sleep.is_held:
-                    await self._idle.wait()
+                    await self.requests.until_idle()
                 started = time.perf_counter()
                 async with self.frozen():
                     replaced = await self._swap(version)
@@ -198,48 +191,8 @@ class Service:
             raise
         await self.in_engine_thread(self.engine.drop_cache)
         self.version, self.broken = version, None
-        for live in self._live.values():
-            for key in live.marks.keys() - live.samples.keys():
-                live.marks[key].append((version, len(progress.get(key, Continuation()).token_ids)))
+        self.requests.mark(version, progress)
         return replaced
-
-    def _deliver(self, key: SampleKey, result: Continuation) -> None:
-        """A finished sample. Comes before whatever follows a later freeze, so `marks` are those it was made under."""
-        live = self._live.get(key[0])
-        if live is None or live.done.done() or key in live.samples:
-            return
-        if result.error is not None or not result.token_ids:
-            live.done.set_exception(RuntimeError(f"the engine failed: {result.error or 'a response without tokens'}"))
-            return
-        try:
-            end = live.watch(key[1], result) if live.watch else None
-        except Exception as error:  # must not reach the results of other requests, delivered by the same call
-            self.engine.cancel(live.job.keys)
-            live.done.set_exception(RuntimeError(f"the tokens cannot be written as text: {error}"))
-            return
-        if end is not None:
-            if not result.is_finished:
-                self.engine.cancel([key])
-            self._finish(live, key, result.first(end), "stop")
-        elif result.is_finished:
-            is_stop = result.token_ids[-1] in live.job.stop_token_ids
-            self._finish(live, key, result, "stop" if is_stop else "length")
-
-    def _finish(self, live: Live, key: SampleKey, result: Continuation, reason: FinishReason) -> None:
-        last = result.token_ids[-1] if reason == "stop" else None
-        stop_token = last if last in live.job.stop_token_ids else None
-        spans = version_spans(live.marks[key], len(result.token_ids))
-        live.samples[key] = Sample(
-            result.token_ids,
-            result.logprobs,
-            result.raw_logprobs,
-            reason,
-            stop_token,
-            spans,
-            cached_tokens=result.cached_tokens,
-        )
-        if len(live.samples) == live.job.samples and not live.done.done():
-            live.done.set_result([live.samples[key] for key in live.job.keys])
 
     def _score(self, live: Live, samples: list[Sample]) -> list[Sample]:
         """`samples` with their scores. On the engine's thread, where no swap of weights runs, with the engine frozen.
@@ -253,29 +206,11 @@ class Service:
             scored = []
             for sample in samples:
                 tokens = job.prompt if job.scored == "prompt" else (*job.prompt, *sample.token_ids)
-                is_wanted = job.job_id in self._live and sample.finish_reason != "abort"
+                is_wanted = job.job_id in self.requests and sample.finish_reason != "abort"
                 scored.append(replace(sample, scores=score(tokens)) if is_wanted else sample)
             return scored
         finally:
             self.engine.thaw()
-
-    def end_all(self) -> None:
-        self.end(list(self._live.values()))
-
-    def end(self, lives: list[Live]) -> None:
-        """Ends these with what they have; the engine is frozen."""
-        progress = self.engine.in_flight()
-        for live in lives:
-            open_keys = [key for key in live.job.keys if key not in live.samples]
-            self.engine.cancel(open_keys)
-            for key in open_keys:
-                self._finish(live, key, progress.get(key, Continuation()), "abort")
-            self._forget(live.job.job_id)
-
-    def _forget(self, job_id: str) -> None:
-        self._live.pop(job_id, None)
-        if not self._live:
-            self._idle.set()
 
     def open_gate(self) -> None:
         """New requests enter the engine, unless something else still keeps them out."""
@@ -289,9 +224,6 @@ class Service:
         """Who waits at the closed gate looks again whether the server is open at all."""
         self._gate.set()
         self._gate.clear()
-
-    async def until_idle(self) -> None:
-        await self._idle.wait()
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
@@ -314,7 +246,7 @@ class Service:
 
     def _waiting(self) -> list[Job]:
         names = self.engine.waiting()
-        return [*self._at_gate.values(), *(live.job for name, live in self._live.items() if name in names)]
+        return [*self._at_gate.values(), *(live.job for live in self.requests if live.job.job_id in names)]
 
     def _check_queue(self) -> None:
         try:
@@ -327,15 +259,13 @@ class Service:
         """A request that reaches an engine as it dies is told of it by nobody else."""
         while self.engine.is_alive():
             await asyncio.sleep(WATCH_S)
-        for live in list(self._live.values()):
-            if not live.done.done():
-                live.done.set_exception(RuntimeError("the engine has stopped; restart the server"))
+        self.requests.fail("the engine has stopped; restart the server")
 
     def _figures(self) -> dict[str, float]:
         waiting = len(self._waiting())
         return {
             "requests_waiting": waiting,
-            "requests_running": len(self._live) + len(self._at_gate) - waiting,
+            "requests_running": len(self.requests) + len(self._at_gate) - waiting,
             "last_weight_update_seconds": self._last_update_s,
             "is_paused": self.paused is not None,
             "is_sleeping": bool(self.sleep.asleep),

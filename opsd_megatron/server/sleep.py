@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from opsd_megatron.server.engine import Engine
+from opsd_megatron.server.in_flight import InFlight
 from opsd_megatron.server.refusal import Refusal
 from opsd_megatron.server.requests import PauseMode
 from opsd_megatron.server.weights import WeightStore
@@ -19,18 +20,15 @@ class Served(Protocol):
     weights: WeightStore
     paused: PauseMode | None
     control: asyncio.Lock
+    requests: InFlight
 
     async def in_engine_thread(self, function: Callable[[], Any]) -> Any: ...
-
-    async def until_idle(self) -> None: ...
 
     def open_gate(self) -> None: ...
 
     def close_gate(self) -> None: ...
 
     def turn_away_who_waits(self) -> None: ...
-
-    def end_all(self) -> None: ...
 
 
 class Sleep:
@@ -91,11 +89,11 @@ class Sleep:
         service.close_gate()
         try:
             if mode == "wait" and service.paused is None:
-                await service.until_idle()
+                await service.requests.until_idle()
             await service.in_engine_thread(service.engine.freeze)
         except BaseException:
             service.open_gate()
             raise
         self._is_frozen = True
         if mode == "abort":
-            service.end_all()
+            service.requests.end(service.requests)

@@ -15,7 +15,7 @@ def test_what_would_wait_beyond_the_limit_is_refused_and_the_rest_is_answered(li
     async def scenario() -> None:
         async with in_process(model_of("old"), "exact", limits=limits) as service:
             first = asyncio.create_task(service.generate(job(service, PROMPT, 60), "first"))
-            while service.engine.waiting() or not service._live:
+            while service.engine.waiting() or not service.requests:
                 await asyncio.sleep(0.002)
             waiting = [asyncio.create_task(service.generate(job(service, PROMPT), str(n))) for n in range(3)]
             await asyncio.sleep(0)
