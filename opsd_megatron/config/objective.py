@@ -107,6 +107,10 @@ class Distill:
             return self.correction
         return TokenTis() if self.estimator == "sampled" else NoCorrection()
 
+    def is_compiled(self, on_gpu: bool) -> bool:
+        """`compiled` with the default filled in."""
+        return on_gpu if self.compiled is None else self.compiled
+
     def __post_init__(self):
         require(
             self.estimator == "full" or self.direction == "reverse",

@@ -84,7 +84,7 @@ def distill_head(
     teacher_temperature = objective.teacher_temperature or temperature
     teacher = Distribution(teacher_hidden.detach(), teacher_weight.detach()[: shard.width], teacher_temperature)
 
-    compiled = objective.compiled if objective.compiled is not None else student_hidden.is_cuda
+    compiled = objective.is_compiled(student_hidden.is_cuda)
 
     def score(rows: slice, logits: Sequence[Tensor], with_gradient: bool) -> Tensor:
         student_logits, teacher_logits = logits

@@ -16,8 +16,8 @@ def head_bytes(objective: Distill | SelfSft, rows: int, w: Widths) -> Tensors:
     part = _largest_piece(chunk, most_part)
     block = _largest_piece(part, most_block)
     is_distillation = isinstance(objective, Distill)
-    wanted = objective.compiled if isinstance(objective, Distill) else None
-    stored = 0 if (w.is_cuda if wanted is None else wanted) else _EAGER_TENSORS
+    is_compiled = objective.is_compiled(w.is_cuda) if is_distillation else w.is_cuda
+    stored = 0 if is_compiled else _EAGER_TENSORS
     buffers = {
         "rows of the student": rows * w.hidden * w.value,
         "gradient of the rows": rows * w.hidden * SINGLE,

@@ -56,13 +56,12 @@ def _tensor(config: RunConfig, a: Architecture, work: Workload, value: int) -> f
     layers, share = a.num_layers // parallel.pp, (parallel.tp - 1) / parallel.tp
     is_cut = parallel.sequence_parallel
     again = {"full": 4, "mlp": 2, "mlp+norms": 2}.get(config.model.recompute, 0)
-    moved = {name: one.microbatches * one.tokens * value for name, one in vars(work).items()}
-    if not isinstance(config.objective, Distill):
-        moved["teacher"] = 0
+    student = work.student.microbatches * work.student.tokens * value
+    teacher = isinstance(config.objective, Distill) * work.teacher.microbatches * work.teacher.tokens * value
     rows = 2 * work.student.microbatches * work.student.rows * EXACT
-    inside = layers * (moved["student"] * (4 + (6 if is_cut else 4) + again) + moved["teacher"] * 4)
-    first = 2 * moved["student"] + (1 if is_cut else 2) * moved["teacher"]
-    last = is_cut * (moved["student"] + moved["teacher"]) + rows
+    inside = layers * (student * (4 + (6 if is_cut else 4) + again) + teacher * 4)
+    first = 2 * student + (1 if is_cut else 2) * teacher
+    last = is_cut * (student + teacher) + rows
     ends = first + last if parallel.pp == 1 else max(first, last)
     return (inside + ends) * a.hidden_size * share
 
